@@ -1,0 +1,3 @@
+"""pdbatch: large batches of prompts through language models, prefill and decode apart."""
+
+from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The engine: sequences, blocks, scheduler, runner. Knows no store, no Celery, no click."""

@@ -1,0 +1,75 @@
+"""Configuration of one engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pdbatch.errors import ConfigError
+
+Role = Literal["prefill", "decode", "mixed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One engine's settings, checked when built. Names and meanings are vLLM's where it has them."""
+
+    model: str
+    """Alias, folder, GGUF file or hub name."""
+    home: str
+    """Where converted models are kept: `<home>/models`."""
+    role: Role = "mixed"
+    """prefill hands sequences off after their first token; decode adopts them; mixed does both."""
+    device: str = "auto"
+    """`auto` (the first GPU, else the CPU), `cpu`, `cuda:0`, …"""
+    dtype: str = "auto"
+    """`auto` (float32 on the CPU, the model's own on a GPU), `float32`, `bfloat16`, `float16`."""
+    block_size: int = 16
+    """Tokens in a block of the KV cache."""
+    num_blocks: int | None = None
+    """Blocks in the pool; None: sized from `kv_cache_bytes` or from what is free."""
+    kv_cache_bytes: int | None = None
+    """Bytes of the pool; None: on a GPU what `gpu_memory_utilization` leaves, on the CPU 1 GiB."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the GPU's memory that this process may use."""
+    max_num_seqs: int | None = None
+    """Most sequences running at once; None: 256 on a GPU, 64 on the CPU."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step; None: 8192 on a GPU, 2048 on the CPU."""
+    max_model_len: int | None = None
+    """Most tokens of a sequence, prompt and output; None: the model's own."""
+    enable_prefix_caching: bool = True
+    """Find KV of equal leading blocks instead of computing it again."""
+    pinned_share: float = 0.5
+    """A prefill engine starts no sequence while more of its blocks than this are pinned."""
+    threads: int | None = None
+    """torch's threads on the CPU; None: torch's default."""
+    stats_interval_s: float = 0.5
+    kv_transport: tuple[str, ...] = ("shm", "tcp")
+    """Transports to offer and to use, best first."""
+    kv_read_timeout_s: float = 20.0
+    """A pull that takes longer fails, and its request is prefilled again."""
+    listen_host: str = "127.0.0.1"
+    """Where the tcp transport listens."""
+    secret: str = ""
+    """The cluster's secret; a peer proves it before it may read."""
+    worker: str = "engine"
+    """The worker's name, which descriptors and outputs carry."""
+    host: str = "localhost"
+    """The machine's name, by which peers know that shared memory reaches them."""
+    epoch: int = 0
+    """The worker's life; descriptors of an earlier one are refused."""
+    engine: Literal["auto", "null"] = "auto"
+    """`null` runs no model: constant tokens at once, for measuring everything else."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size must be a power of two, not {self.block_size}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError("gpu_memory_utilization must be above 0 and at most 1")
+        if not 0 < self.pinned_share <= 1:
+            raise ConfigError("pinned_share must be above 0 and at most 1")
+        for name in ("num_blocks", "kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
