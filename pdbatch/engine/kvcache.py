@@ -1,0 +1,104 @@
+"""The paged KV cache: one pool of blocks, each holding K and V of all layers in one piece.
+
+Legend: N blocks, L layers, H KV heads, D head size, T tokens; the 2 is K, V.
+A block is contiguous ([L, 2, block, H, D]), so that a transfer moves few large pieces; a
+layer's K or V is a strided view. The pool lies in a buffer of the caller's (a region that
+other processes read) or in memory of its own. Who may write a block is the block manager's
+business; nothing here counts references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVShape:
+    """What one token leaves behind in a model's cache, and how many share a block."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    block_size: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: K and V of `block_size` tokens in all layers."""
+        numbers = self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim
+        return numbers * self.dtype.itemsize
+
+
+class PagedKVCache:
+    """The pool and its views.
+
+    `buffer`, where given, is writable, at least `num_blocks * shape.block_bytes` long, and
+    outlives the cache; it must be host memory, so `device` must be the CPU then.
+    Raises ValueError if the buffer is too small or on another device.
+    """
+
+    shape: KVShape
+    num_blocks: int
+    pool_NL2bHD: torch.Tensor
+
+    def __init__(
+        self,
+        shape: KVShape,
+        num_blocks: int,
+        device: str | torch.device = "cpu",
+        buffer: memoryview | None = None,
+    ) -> None:
+        self.shape = shape
+        self.num_blocks = num_blocks
+        self.device = torch.device(device)
+        size = (num_blocks, shape.num_layers, 2, shape.block_size, shape.num_kv_heads)
+        size = (*size, shape.head_dim)
+        if buffer is None:
+            self.pool_NL2bHD = torch.zeros(size, dtype=shape.dtype, device=self.device)
+        else:
+            self.pool_NL2bHD = _over(buffer, shape, num_blocks, self.device).view(size)
+
+    @property
+    def pool(self) -> torch.Tensor:
+        """[N, L, 2, block, H, D], contiguous."""
+        return self.pool_NL2bHD
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[N * L * 2 * block, H * D]: one row is K or V of one token in one layer.
+
+        Row `((block * L + layer) * 2 + kv) * block_size + offset`, kv 0 for K and 1 for V.
+        """
+        width = self.shape.num_kv_heads * self.shape.head_dim
+        return self.pool_NL2bHD.view(-1, width)
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """[N * L * 2, block * H * D]: one row is K or V of one block in one layer."""
+        shape = self.shape
+        return self.pool_NL2bHD.view(-1, shape.block_size * shape.num_kv_heads * shape.head_dim)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, each [N, block, H, D], strided views."""
+        return self.pool_NL2bHD[:, layer, 0], self.pool_NL2bHD[:, layer, 1]
+
+    def copy_blocks(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Copy whole blocks, all layers; `src` and `dst` are equally long and disjoint."""
+        if len(src) != len(dst):
+            raise ValueError(f"{len(src)} source blocks for {len(dst)} destinations")
+        for source, target in zip(src, dst, strict=True):
+            self.pool_NL2bHD[target].copy_(self.pool_NL2bHD[source])
+
+
+def _over(
+    buffer: memoryview, shape: KVShape, num_blocks: int, device: torch.device
+) -> torch.Tensor:
+    if device.type != "cpu":
+        raise ValueError(f"a host buffer cannot hold a cache on {device}")
+    need = num_blocks * shape.block_bytes
+    if buffer.nbytes < need:
+        raise ValueError(f"the buffer has {buffer.nbytes} bytes, {num_blocks} blocks need {need}")
+    return torch.frombuffer(buffer, dtype=shape.dtype, count=need // shape.dtype.itemsize)
