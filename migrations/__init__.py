@@ -1,1 +1,1 @@
-"""TODO"""
+"""Alembic's migrations of the store, as an installed package; run by `pdbatch db upgrade`."""

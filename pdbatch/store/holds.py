@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from pdbatch.ids import JobId, WorkerId
+from pdbatch.ids import JobId, RequestIndex, WorkerId
 from pdbatch.store.database import Database
 from pdbatch.store.rows import Key
 
@@ -17,7 +17,9 @@ class Holds:
         self._db = database
         self._max_attempts = max_attempts
 
-    def take(self, worker: WorkerId, keys: Collection[Key | tuple[JobId, int]]) -> set[Key]:
+    def take(
+        self, worker: WorkerId, keys: Collection[tuple[JobId, RequestIndex | int]]
+    ) -> set[Key]:
         """The keys that `worker` now holds (those that it held before included). Refused: keys
         with a row, keys that another live worker holds, all keys where the worker is not live."""
         raise NotImplementedError
@@ -25,7 +27,7 @@ class Holds:
     def drop(
         self,
         worker: WorkerId,
-        keys: Collection[Key | tuple[JobId, int]],
+        keys: Collection[tuple[JobId, RequestIndex | int]],
         failed: bool = False,
     ) -> set[Key]:
         """Ends holds of `worker` without a row; returns the keys whose hold it had.
@@ -35,6 +37,6 @@ class Holds:
         against the requests."""
         raise NotImplementedError
 
-    def owners(self, keys: Collection[Key | tuple[JobId, int]]) -> dict[Key, str | None]:
+    def owners(self, keys: Collection[tuple[JobId, RequestIndex | int]]) -> dict[Key, str | None]:
         """For each key `"done"` (it has a row), the WorkerId of its live holder, or None."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Collection
 
 from pdbatch.ids import JobId
@@ -24,7 +25,9 @@ class Jobs:
         """The job with its counts rolled up from its shards. Raises UnknownJob."""
         raise NotImplementedError
 
-    def list(self, limit: int = 50, states: Collection[JobState] | None = None) -> list[JobView]:
+    def list(
+        self, limit: int = 50, states: Collection[JobState] | None = None
+    ) -> builtins.list[JobView]:
         """The newest jobs first, of these states only where some are given."""
         raise NotImplementedError
 
@@ -49,7 +52,7 @@ class Jobs:
         shards; `sweep` finishes what a killed canceller left. Raises UnknownJob."""
         raise NotImplementedError
 
-    def sweep(self) -> list[JobId]:
+    def sweep(self) -> builtins.list[JobId]:
         """For reconcilers, any number of them: expires jobs whose deadline passed (rows
         `batch_expired`) and finishes endings that were interrupted. Returns the jobs ended."""
         raise NotImplementedError

@@ -19,11 +19,8 @@ from pdbatch.states import JobState, ResultStatus
 _encode_json = msgspec.json.Encoder().encode
 
 
-class Key(NamedTuple):
-    """One request; a plain `(job, index)` tuple does as well."""
-
-    job: JobId
-    index: RequestIndex
+Key = tuple[JobId, RequestIndex]
+"""One request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +93,7 @@ class JobView:
     """Sums over the requests that have rows."""
 
 
-class IngestRow(NamedTuple):
+class IngestRow(msgspec.Struct, frozen=True):
     """One line of input: a request (`body`) or a reject, never both, never neither."""
 
     index: RequestIndex | int
@@ -132,7 +129,7 @@ class QueueDepth(NamedTuple):
 class ClaimedRequest(NamedTuple):
     """A request that the claimer now answers for."""
 
-    index: RequestIndex
+    index: RequestIndex  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     body: bytes
     """JSON of a RequestSpec."""
     num_retries: int
@@ -197,7 +194,7 @@ def _status_of(error: RequestError | None) -> ResultStatus:
     return ResultStatus.FAILED
 
 
-class StoredResult(NamedTuple):
+class StoredResult(msgspec.Struct, frozen=True):
     """A terminal row as it is read, with what an output line needs beside it."""
 
     job: JobId

@@ -1,0 +1,189 @@
+"""Where SQLite and PostgreSQL differ: settings, the clock, sets of ids, many rows at once.
+
+SQLite has one writer: `BEGIN IMMEDIATE` takes the one lock, and `FOR UPDATE` means nothing.
+PostgreSQL locks rows; see `pdbatch.store.ledger` for the order.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqlalchemy import (
+    ARRAY,
+    URL,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Engine,
+    any_,
+    bindparam,
+    create_engine,
+    event,
+    func,
+    select,
+)
+
+BUSY_TIMEOUT_S = 30
+_PAGE_BYTES = 8192  # three rows of 2.4 kB fill a page; with 4096 each would waste 40% of its own
+
+RequestTuple = tuple[int, int, int, int, str, str | None, bytes | None]
+"""id, shard_id, line, num_retries, endpoint, custom_id, body"""
+ResultTuple = tuple[int, str, int, int, int, str | None, float, str | None, bytes]
+"""id, status, prompt_tokens, cached_tokens, output_tokens, finish_reason, finished_at,
+written_by, body"""
+
+_REQUEST_COLUMNS = "id, shard_id, line, num_retries, endpoint, custom_id, body"
+_RESULT_COLUMNS = (
+    "id, status, prompt_tokens, cached_tokens, output_tokens, finish_reason, finished_at,"
+    " written_by, body"
+)
+
+
+class Dialect(Protocol):
+    """What the rest of the store needs of a database."""
+
+    def engine(self) -> Engine:
+        """Connects lazily; its transactions are for writing."""
+        ...
+
+    def now(self, conn: Connection) -> float:
+        """Seconds since the epoch."""
+        ...
+
+    def is_in(self, what: ColumnElement[Any], ids: Collection[int]) -> ColumnElement[bool]:
+        """`what IN (ids)` for any number of ids, as one parameter."""
+        ...
+
+    def insert_requests(self, conn: Connection, rows: Sequence[RequestTuple]) -> None:
+        """All of them, or none; they must be new."""
+        ...
+
+    def insert_results(self, conn: Connection, rows: Sequence[ResultTuple]) -> set[int]:
+        """Those whose id has no row yet; returns their ids. Rows come in the order of ids."""
+        ...
+
+    def is_transient(self, error: BaseException) -> bool:
+        """True when the same transaction may succeed later, on another connection maybe."""
+        ...
+
+
+class Sqlite:
+    """A file in WAL mode."""
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+        self.path = Path(url.database or "")
+
+    def engine(self) -> Engine:
+        engine = create_engine(self._url, connect_args={"timeout": BUSY_TIMEOUT_S})
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_immediate)
+        return engine
+
+    def now(self, conn: Connection) -> float:
+        return time.time()
+
+    def is_in(self, what: ColumnElement[Any], ids: Collection[int]) -> ColumnElement[bool]:
+        values = func.json_each(json.dumps(list(ids))).table_valued("value")
+        return what.in_(select(values.c.value))
+
+    def insert_requests(self, conn: Connection, rows: Sequence[RequestTuple]) -> None:
+        sql = f"INSERT INTO requests ({_REQUEST_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        conn.exec_driver_sql(sql, list(rows))
+
+    def insert_results(self, conn: Connection, rows: Sequence[ResultTuple]) -> set[int]:
+        # Nobody else writes between these two statements.
+        ids = json.dumps([row[0] for row in rows])
+        known = "SELECT id FROM results WHERE id IN (SELECT value FROM json_each(?))"
+        old = {row[0] for row in conn.exec_driver_sql(known, (ids,))}
+        new = [row for row in rows if row[0] not in old]
+        if new:
+            sql = f"INSERT INTO results ({_RESULT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            conn.exec_driver_sql(sql, new)
+        return {row[0] for row in new}
+
+    def is_transient(self, error: BaseException) -> bool:
+        text = str(getattr(error, "orig", error))
+        return "database is locked" in text or "database table is locked" in text
+
+
+def _prepare_sqlite(connection: Any, record: object) -> None:
+    cursor = connection.cursor()
+    for pragma in (
+        f"page_size={_PAGE_BYTES}",  # heeded by a new file only
+        "journal_mode=WAL",
+        "synchronous=NORMAL",
+        "foreign_keys=ON",
+        "cache_size=-16384",  # KiB
+        "journal_size_limit=67108864",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_immediate(conn: Connection) -> None:
+    conn.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+class Postgres:
+    """A server, through psycopg 3."""
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+
+    def engine(self) -> Engine:
+        return create_engine(self._url, pool_pre_ping=True, pool_size=5, max_overflow=20)
+
+    def now(self, conn: Connection) -> float:
+        sql = "SELECT extract(epoch FROM clock_timestamp())::float8"
+        return float(conn.exec_driver_sql(sql).scalar_one())
+
+    def is_in(self, what: ColumnElement[Any], ids: Collection[int]) -> ColumnElement[bool]:
+        array = bindparam(None, list(ids), type_=ARRAY(BigInteger), unique=True)
+        return what == any_(array)
+
+    def insert_requests(self, conn: Connection, rows: Sequence[RequestTuple]) -> None:
+        driver: Any = conn.connection.driver_connection
+        with (
+            driver.cursor() as cursor,
+            cursor.copy(f"COPY requests ({_REQUEST_COLUMNS}) FROM STDIN (FORMAT BINARY)") as copy,
+        ):
+            copy.set_types(["int8", "int8", "int4", "int4", "text", "text", "bytea"])
+            for row in rows:
+                copy.write_row(row)
+
+    def insert_results(self, conn: Connection, rows: Sequence[ResultTuple]) -> set[int]:
+        sql = (
+            f"INSERT INTO results ({_RESULT_COLUMNS}) SELECT * FROM unnest(%s::int8[], %s::text[],"
+            " %s::int4[], %s::int4[], %s::int4[], %s::text[], %s::float8[], %s::text[],"
+            " %s::bytea[]) ON CONFLICT (id) DO NOTHING RETURNING id"
+        )
+        columns = tuple(list(values) for values in zip(*rows, strict=True))
+        return {row[0] for row in conn.exec_driver_sql(sql, columns)}
+
+    def is_transient(self, error: BaseException) -> bool:
+        if getattr(error, "connection_invalidated", False):
+            return True
+        cause = getattr(error, "orig", error)
+        state = getattr(cause, "sqlstate", None)
+        if state is None:  # no server to talk to, or no longer
+            return type(cause).__name__ in ("OperationalError", "InterfaceError")
+        return state in _TRANSIENT_STATES or state.startswith("08")
+
+
+_TRANSIENT_STATES = frozenset(
+    {
+        "40001",  # serialization_failure
+        "40P01",  # deadlock_detected
+        "55P03",  # lock_not_available
+        "57P01",  # admin_shutdown
+        "57P02",  # crash_shutdown
+        "57P03",  # cannot_connect_now
+        "53300",  # too_many_connections
+        "23505",  # unique_violation: two at once made the same row; the second now sees it
+    }
+)
