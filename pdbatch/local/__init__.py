@@ -1,1 +1,1 @@
-"""TODO"""
+"""Services on this machine: the embedded Redis, the supervisor, and a whole cluster of them."""
