@@ -53,11 +53,17 @@ def rescued_id(data: bytes) -> str | None:
             value = _decode_string(found[1])
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
+    return usable_id(value)
+
+
+def usable_id(value: Any) -> str | None:
+    """`value` as a name, None where it cannot be one."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         return None
     try:
-        return checked_id(value, "custom_id")
-    except Problem:
+        name = checked_id(value, "custom_id")
+        return name if name and name.encode() else None
+    except (Problem, ValueError):  # half a surrogate pair; too many digits
         return None
 
 

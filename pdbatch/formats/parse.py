@@ -26,7 +26,7 @@ from pdbatch.formats.build import (
     check_prompt,
     check_refused,
 )
-from pdbatch.formats.custom_ids import checked_id, rescued_id
+from pdbatch.formats.custom_ids import checked_id, rescued_id, usable_id
 from pdbatch.formats.fields import Body, PlainLine, WideBody, WidePlainLine
 from pdbatch.formats.parsed import DEFAULT_MAX_LINE_BYTES, Line, Parsed, ParsedRequest, Reject
 from pdbatch.formats.problems import (
@@ -110,7 +110,8 @@ def parse_request(
     try:
         data = _as_json(value)
     except Problem as problem:
-        name = made_up_id or f"line-{number}"
+        given = (value.get("custom_id") or value.get("id")) if isinstance(value, Mapping) else None
+        name = usable_id(given) or made_up_id or f"line-{number}"
         return Reject(RequestIndex(index), number, name, problem.error(number))
     too_long = len(data) > max_line_bytes
     line = Line(number=number, data=data, size_bytes=len(data), too_long=too_long)
@@ -176,6 +177,8 @@ def _parse_plain(data: bytes) -> tuple[str | None, str | None, RequestSpec]:
     check_model(line.model, "model")
     if line.prompt is not None and line.messages is not None:
         raise Problem("prompt and messages are both given", "give one of them", param="prompt")
+    if line.prompt is None and line.messages is None:
+        raise Problem("the line has no prompt", "give prompt or messages", param="prompt")
     endpoint = COMPLETIONS if line.messages is None else CHAT
     return custom_id, line.model, build_spec(line, endpoint, "plain")
 
@@ -236,4 +239,20 @@ def _as_json(value: str | Mapping[str, Any]) -> bytes:
         raise Problem(
             f"the request cannot be written as JSON ({show(str(bad))})",
             "give strings, finite numbers, lists and dicts alone",
+            param=_unwritable(value, "") if isinstance(value, Mapping) else None,
         ) from None
+
+
+def _unwritable(value: Mapping[Any, Any], prefix: str) -> str | None:
+    """The path of the field that JSON cannot hold, as far as into the body."""
+    for name, item in value.items():
+        path = f"{prefix}{name}"
+        if name == "body" and isinstance(item, Mapping):
+            if inner := _unwritable(item, "body."):
+                return inner
+            continue
+        try:
+            json.dumps({name: item}, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            return path if path.isprintable() and len(path) < 80 else None
+    return None

@@ -20,7 +20,10 @@ _QUOTED_CHARS = 60
 _EXPECTED = re.compile(r"Expected `(.+?)`, got `(.+?)`", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`\Z", re.DOTALL)
 _PATH = re.compile(r"`\$(.*?)`\Z", re.DOTALL)
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 _KINDS = {
     "str": "a string",
     "int": "a whole number",
@@ -80,8 +83,11 @@ def _nearest(name: str, known: tuple[str, ...]) -> str | None:
 def wrong_type(path: str, expected: str, got: str) -> Problem:
     """`expected` and `got` as msgspec names them: `float | null`, `str`."""
     wanted = [_KINDS.get(e, e) for e in expected.split(" | ") if e != "null"] or ["null"]
+    fact = _KINDS.get(got, got)
+    if got == "float" and "float" not in expected:
+        fact = "a number with a decimal point"
     return Problem(
-        f"{path or 'the line'} is {_KINDS.get(got, got)}",
+        f"{path or 'the line'} is {fact}",
         f"give {' or '.join(wanted)}",
         param=path or None,
     )
@@ -119,9 +125,9 @@ def from_decoding(exc: Exception, data: bytes) -> Problem:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             what = "the file seems to be UTF-16"
         return Problem(what, "save the file as UTF-8", code="invalid_json")
-    if _SURROGATE.search(data):
+    if _HALF_PAIR.search(data):
         remedy = r"write the character itself, or both halves as \ud83d\ude00"
-        return Problem("the line may hold half a surrogate pair", remedy, code="invalid_json")
+        return Problem("the line holds half a surrogate pair", remedy, code="invalid_json")
     detail = str(exc).removeprefix("JSON is malformed: ").replace("Input data was", "the line is")
     return Problem(
         f"the line is no JSON ({detail})",
