@@ -82,7 +82,7 @@ def _shards() -> None:
         sqlite_where=sa.text("claimed_by IS NOT NULL"),
         postgresql_where=sa.text("claimed_by IS NOT NULL"),
     )
-    op.create_index("shards_by_job", "shards", ["job_no", "state", "model"], unique=False)
+    op.create_index("shards_by_job", "shards", ["job_no", "state", "model", "id"], unique=False)
 
 
 def _requests() -> None:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from sqlalchemy import Connection, delete, insert, select
+
 from pdbatch.ids import JobId, RequestIndex, WorkerId
+from pdbatch.states import AttemptState, ShardState
+from pdbatch.store import ledger
 from pdbatch.store.database import Database
+from pdbatch.store.keys import row_id
+from pdbatch.store.models import HOLDS, RESULTS
 from pdbatch.store.rows import Key
+
+DONE = "done"
+"""Stands for the owner of a request that has its row."""
 
 
 class Holds:
@@ -22,7 +31,23 @@ class Holds:
     ) -> set[Key]:
         """The keys that `worker` now holds (those that it held before included). Refused: keys
         with a row, keys that another live worker holds, all keys where the worker is not live."""
-        raise NotImplementedError
+
+        def run(conn: Connection) -> set[Key]:
+            wanted = self._by_id(conn, keys)
+            if not wanted or not ledger.worker_lives(conn, worker):
+                return set()
+            shards = ledger.shards_of(self._db, conn, wanted)
+            ledger.lock_shards(self._db, conn, set(shards.values()))
+            done, holders = self._done_and_holders(conn, wanted)
+            free = [id_ for id_ in sorted(shards) if id_ not in done and id_ not in holders]
+            if free:
+                now = self._db.dialect.now(conn)
+                rows = [{"id": id_, "worker_id": worker, "taken_at": now} for id_ in free]
+                conn.execute(insert(HOLDS), rows)
+            mine = [id_ for id_, holder in holders.items() if holder == worker]
+            return {wanted[id_] for id_ in (*free, *mine)}
+
+        return self._db.write(run)
 
     def drop(
         self,
@@ -35,8 +60,47 @@ class Holds:
         The requests are the claimer's again where their shard is claimed (it finds out in
         `hand_off`), else the shard is PENDING again with the next attempt. `failed`: counts
         against the requests."""
-        raise NotImplementedError
+
+        def run(conn: Connection) -> set[Key]:
+            wanted = self._by_id(conn, keys)
+            shards = ledger.shards_of(self._db, conn, wanted)
+            ledger.lock_shards(self._db, conn, set(shards.values()))
+            mine = delete(HOLDS).where(
+                self._db.dialect.is_in(HOLDS.c.id, wanted), HOLDS.c.worker_id == worker
+            )
+            dropped = list(conn.execute(mine.returning(HOLDS.c.id)).scalars())
+            if failed:
+                ledger.count_loss(self._db, conn, dropped, self._max_attempts)
+            locked = ledger.lock_shards(self._db, conn, {shards[id_] for id_ in dropped})
+            orphans = [row for row in locked.values() if row.state is ShardState.HANDED_OFF]
+            ended_as = AttemptState.LOST if failed else AttemptState.GIVEN_BACK
+            ledger.put_back(self._db, conn, orphans, ended_as)
+            return {wanted[id_] for id_ in dropped}
+
+        return self._db.write(run)
 
     def owners(self, keys: Collection[tuple[JobId, RequestIndex | int]]) -> dict[Key, str | None]:
         """For each key `"done"` (it has a row), the WorkerId of its live holder, or None."""
-        raise NotImplementedError
+
+        def run(conn: Connection) -> dict[Key, str | None]:
+            wanted = self._by_id(conn, keys)
+            # Holders before rows: a hold that ends in a row between the two reads shows as done.
+            done, holders = self._done_and_holders(conn, wanted)
+            return {key: DONE if i in done else holders.get(i) for i, key in wanted.items()}
+
+        return self._db.read(run)
+
+    def _by_id(
+        self, conn: Connection, keys: Collection[tuple[JobId, RequestIndex | int]]
+    ) -> dict[int, Key]:
+        numbers = {job: self._db.job_no(conn, job) for job in {job for job, _ in keys}}
+        return {row_id(numbers[job], index): (job, RequestIndex(index)) for job, index in keys}
+
+    def _done_and_holders(
+        self, conn: Connection, ids: Collection[int]
+    ) -> tuple[set[int], dict[int, str]]:
+        is_in = self._db.dialect.is_in
+        held = select(HOLDS.c.id, HOLDS.c.worker_id).where(is_in(HOLDS.c.id, ids))
+        holders = {row.id: row.worker_id for row in conn.execute(held)}
+        done = select(RESULTS.c.id).where(is_in(RESULTS.c.id, ids))
+        return set(conn.execute(done).scalars()), holders

@@ -89,7 +89,7 @@ class Shard(Base):
     decode_s: Mapped[float] = mapped_column(Float(53))
 
     __table_args__ = (
-        Index("shards_by_job", "job_no", "state", "model"),
+        Index("shards_by_job", "job_no", "state", "model", "id"),
         Index(
             "shards_by_claimer",
             "claimed_by",

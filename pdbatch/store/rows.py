@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import msgspec
 
@@ -17,6 +17,19 @@ from pdbatch.request import RequestError, RequestOutput, StageTimes
 from pdbatch.states import JobState, ResultStatus
 
 _encode_json = msgspec.json.Encoder().encode
+
+
+@overload
+def storable(text: str) -> str: ...
+@overload
+def storable(text: None) -> None: ...
+@overload
+def storable(text: str | None) -> str | None: ...
+def storable(text: str | None) -> str | None:
+    """`text` as both databases can hold it: NULs and lone surrogates become U+FFFD."""
+    if text is None or (text.isascii() and "\x00" not in text):
+        return text
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").replace("\x00", "�")
 
 
 Key = tuple[JobId, RequestIndex]

@@ -1,10 +1,20 @@
-"""Shards: published, claimed, handed off, given back."""
+"""Shards: claimed, handed off, given back. (Published: `pdbatch.store.feeding`.)"""
 
 from __future__ import annotations
 
+import secrets
+
+from sqlalchemy import Connection, insert, select, update
+
 from pdbatch.ids import JobId, ShardIndex, WorkerId
+from pdbatch.states import AttemptState, JobState, ShardState, check_shard_move
+from pdbatch.store import feeding, ledger
 from pdbatch.store.database import Database
-from pdbatch.store.rows import ClaimedShard, QueueDepth, ShardMessage
+from pdbatch.store.jobs import ending_error
+from pdbatch.store.keys import request_index_of, row_id
+from pdbatch.store.ledger import ShardRow
+from pdbatch.store.models import ATTEMPTS, JOBS, REQUESTS, SHARDS
+from pdbatch.store.rows import ClaimedRequest, ClaimedShard, QueueDepth, ShardMessage
 
 
 class Shards:
@@ -16,12 +26,12 @@ class Shards:
 
     def pending_queues(self) -> list[QueueDepth]:
         """(model, priority, PENDING shards) of all jobs in progress, by priority."""
-        raise NotImplementedError
+        return self._db.read(feeding.pending_queues)
 
     def queued_queues(self, queued_before: float) -> list[QueueDepth]:
         """(model, priority, QUEUED shards) published before that time and never claimed:
         the queues worth a look whether Redis still has their messages."""
-        raise NotImplementedError
+        return self._db.read(lambda conn: feeding.queued_queues(conn, queued_before))
 
     def take_for_publish(
         self, model: str, priority: int, limit: int, now: float | None = None
@@ -33,12 +43,14 @@ class Shards:
         `now`: the time to note as published; None is the database's clock. Several feeders
         never take the same shard.
         """
-        raise NotImplementedError
+        db = self._db
+        return db.write(lambda conn: feeding.take(db, conn, model, priority, limit, now))
 
     def requeue(self, queued_before: float, model: str, priority: int) -> int:
         """QUEUED back to PENDING, same attempt, for shards of this queue published before that
         time: their messages are gone. A message that is not does no harm. Returns how many."""
-        raise NotImplementedError
+        db = self._db
+        return db.write(lambda conn: feeding.requeue(db, conn, queued_before, model, priority))
 
     def claim(
         self, worker: WorkerId, job: JobId, shard: ShardIndex | int, attempt: int
@@ -46,7 +58,57 @@ class Shards:
         """QUEUED to CLAIMED. None (acknowledge and forget the message) where the attempt is stale,
         the shard is not QUEUED, the job is over, the worker is not live, or nothing is left
         to run: where all that is left is held by live workers the shard is HANDED_OFF."""
-        raise NotImplementedError
+        token = secrets.token_hex(8)
+
+        def run(conn: Connection) -> ClaimedShard | None:
+            no = self._db.job_no(conn, job)
+            if not ledger.worker_lives(conn, worker):
+                return None
+            priority = _priority_in_progress(conn, no)
+            found = self._find(conn, no, shard)
+            if priority is None or found is None or found.attempt != attempt:
+                return None
+            if found.state is ShardState.QUEUED:
+                self._note_claim(conn, found, worker, token)
+            elif found.state is not ShardState.CLAIMED or found.claim_token != token:
+                return None  # with the token: an earlier try was committed, its answer lost
+            requests = self._left_to_run(conn, found.id)
+            if not requests:
+                self._hand_over(conn, found.id, ShardState.CLAIMED)
+                return None
+            index = ShardIndex(shard)
+            return ClaimedShard(job, index, attempt, found.model, priority, requests)
+
+        return self._db.write(run)
+
+    def _find(self, conn: Connection, job_no: int, shard: int) -> ShardRow | None:
+        id_ = row_id(job_no, shard)
+        return ledger.lock_shards(self._db, conn, [id_]).get(id_)
+
+    def _note_claim(self, conn: Connection, shard: ShardRow, worker: WorkerId, token: str) -> None:
+        check_shard_move(shard.state, ShardState.CLAIMED)
+        claimed = {"state": str(ShardState.CLAIMED), "claimed_by": worker, "claim_token": token}
+        conn.execute(update(SHARDS).where(SHARDS.c.id == shard.id).values(claimed))
+        attempt = {
+            "shard_id": shard.id,
+            "attempt": shard.attempt,
+            "worker_id": worker,
+            "state": str(AttemptState.RUNNING),
+            "started_at": self._db.dialect.now(conn),
+        }
+        conn.execute(insert(ATTEMPTS).values(attempt))
+
+    def _left_to_run(self, conn: Connection, shard_id: int) -> list[ClaimedRequest]:
+        query = select(REQUESTS.c.id, REQUESTS.c.body, REQUESTS.c.num_retries).where(
+            REQUESTS.c.shard_id == shard_id, ledger.without_row(), ledger.without_holder()
+        )
+        rows = conn.execute(query.order_by(REQUESTS.c.id))
+        return [ClaimedRequest(request_index_of(id_), body, tries) for id_, body, tries in rows]
+
+    def _hand_over(self, conn: Connection, shard_id: int, old: ShardState) -> None:
+        check_shard_move(old, ShardState.HANDED_OFF)
+        values = {"state": str(ShardState.HANDED_OFF), "claimed_by": None}
+        conn.execute(update(SHARDS).where(SHARDS.c.id == shard_id).values(values))
 
     def hand_off(self, worker: WorkerId, job: JobId, shard: ShardIndex | int, attempt: int) -> bool:
         """The claimer is through with the shard: each request has left it.
@@ -54,7 +116,20 @@ class Shards:
         True: all that has no row is held by live workers (HANDED_OFF), or DONE. False: the
         claim was over already, or some requests were dropped by their holder since, and the shard
         is PENDING again for those. In every case the claimer owns nothing of it any more."""
-        raise NotImplementedError
+
+        def run(conn: Connection) -> bool:
+            found = self._find(conn, self._db.job_no(conn, job), shard)
+            if found is None or found.attempt != attempt:
+                return False
+            if found.state is not ShardState.CLAIMED or found.claimed_by != worker:
+                return found.state in (ShardState.HANDED_OFF, ShardState.DONE)
+            if ledger.unheld_requests(self._db, conn, [found.id]):
+                ledger.put_back(self._db, conn, [found], AttemptState.GIVEN_BACK)
+                return False
+            self._hand_over(conn, found.id, found.state)
+            return True
+
+        return self._db.write(run)
 
     def give_back(
         self,
@@ -67,8 +142,39 @@ class Shards:
         """CLAIMED to PENDING with the next attempt. `failed`: counts against its requests (an
         engine died); those that were lost too often get `batch_failed` rows. A draining worker
         gives back without. False: the claim was over already."""
-        raise NotImplementedError
+
+        def run(conn: Connection) -> bool:
+            no = self._db.job_no(conn, job)
+            found = self._find(conn, no, shard)
+            if found is None or found.attempt != attempt or found.claimed_by != worker:
+                return False
+            if failed:
+                lost = ledger.unheld_requests(self._db, conn, [found.id])
+                ledger.count_loss(self._db, conn, lost, self._max_attempts)
+                found = self._find(conn, no, shard)
+            if found is not None and found.state is ShardState.CLAIMED:
+                ended_as = AttemptState.LOST if failed else AttemptState.GIVEN_BACK
+                ledger.put_back(self._db, conn, [found], ended_as)
+            return True
+
+        return self._db.write(run)
 
     def cancel(self, job: JobId, shard: ShardIndex | int) -> int:
         """Gives what has no row a `batch_cancelled` row; the shard is DONE. Returns how many."""
-        raise NotImplementedError
+
+        def run(conn: Connection) -> int:
+            found = self._find(conn, self._db.job_no(conn, job), shard)
+            if found is None or found.state is ShardState.DONE:
+                return 0
+            error = ending_error(JobState.CANCELLED)
+            return ledger.end_requests(self._db, conn, REQUESTS.c.shard_id == found.id, error)
+
+        return self._db.write(run)
+
+
+def _priority_in_progress(conn: Connection, job_no: int) -> int | None:
+    """The job's priority, or None where the job is over or being ended."""
+    query = select(JOBS.c.priority).where(
+        JOBS.c.no == job_no, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.ending.is_(None)
+    )
+    return conn.execute(query).scalar_one_or_none()
