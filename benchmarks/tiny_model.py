@@ -1,6 +1,6 @@
 """A tiny random Llama with the demo model's tokenizer, for measuring everything around a model.
 
-Its answers mean nothing but are the same wherever it runs, so outputs can be compared token by token.
+Its answers mean nothing but are the same wherever it runs, so outputs can be compared.
 """
 
 from __future__ import annotations
