@@ -13,6 +13,7 @@ torch nor Celery.
 
 from __future__ import annotations
 
+import heapq
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -144,11 +145,11 @@ class Client:
         the job has ended. Requests that failed are left out (`Result.index` tells the
         position) and found in `errors`. Raises UnknownJob.
         """
-        return self._rows(job_id(job), lambda row: row.status is ResultStatus.SUCCEEDED, follow)
+        return self._rows(job_id(job), (ResultStatus.SUCCEEDED,), follow)
 
     def errors(self, job: Job | JobId | str, *, follow: bool = False) -> Iterator[Result]:
         """The requests that were rejected or failed, as `results` does for the others."""
-        return self._rows(job_id(job), lambda row: row.status is not ResultStatus.SUCCEEDED, follow)
+        return self._rows(job_id(job), (ResultStatus.REJECTED, ResultStatus.FAILED), follow)
 
     def cancel(self, job: Job | JobId | str) -> JobState:
         """Ends the job: what has no result gets a `batch_cancelled` row. Raises UnknownJob."""
@@ -173,12 +174,13 @@ class Client:
     ) -> None:
         self.close()
 
-    def _rows(self, job: JobId, wanted: Callable[[Result], bool], follow: bool) -> Iterator[Result]:
-        rows = self._followed(job) if follow else self._ready(job)
-        return filter(wanted, rows)
-
-    def _ready(self, job: JobId, after: int = -1) -> Iterator[Result]:
-        return map(Result, self._store.results.iterate(job, after=after))
+    def _rows(
+        self, job: JobId, statuses: tuple[ResultStatus, ...], follow: bool
+    ) -> Iterator[Result]:
+        if follow:
+            return (result for result in self._followed(job) if result.status in statuses)
+        parts = [self._store.results.iterate(job, status) for status in statuses]
+        return map(Result, heapq.merge(*parts, key=lambda row: row.index))
 
     def _followed(self, job: JobId) -> Iterator[Result]:
         """Every row in order; waits at the first request that has none yet."""
@@ -186,7 +188,7 @@ class Client:
         while True:
             ended = self.status(job).state in TERMINAL_JOB_STATES  # before the look at the rows
             start = after
-            for result in self._ready(job, after):
+            for result in map(Result, self._store.results.iterate(job, after=after)):
                 if result.index != after + 1 and not ended:
                     break
                 after = result.index

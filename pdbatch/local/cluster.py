@@ -122,6 +122,11 @@ class LocalCluster:
         """Tells which workers the database has seen alive; those can start."""
         self._registered.update(names)
 
+    @property
+    def all_registered(self) -> bool:
+        """Whether every worker has been seen alive."""
+        return self._registered.issuperset(self._plans)
+
     def step(self, timeout_s: float) -> None:
         """Keeps the processes running for up to `timeout_s`; returns early when one ends.
 
