@@ -135,7 +135,7 @@ class Ingest:
         nth = func.row_number().over(partition_by=REQUESTS.c.custom_id, order_by=REQUESTS.c.id)
         counted = select(REQUESTS.c.id, nth.label("nth")).where(*mine).subquery()
         query = select(counted.c.id).where(counted.c.nth > 1).order_by(counted.c.id)
-        return array("q", conn.execution_options(yield_per=1000).execute(query).scalars())
+        return array("q", conn.execute(query).scalars())
 
     def _reject(self, conn: Connection, ids: list[int]) -> None:
         query = select(REQUESTS).where(self._db.dialect.is_in(REQUESTS.c.id, ids))
