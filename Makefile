@@ -20,7 +20,7 @@ PYTEST_ARGS ?=
 .DELETE_ON_ERROR:
 
 run: install
-	$(BIN)/pdbatch run examples/prompts.jsonl --output results.jsonl --model smollm2-135m
+	$(BIN)/pdbatch run examples/prompts.jsonl --output results.jsonl
 
 test: dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
