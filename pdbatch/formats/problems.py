@@ -69,7 +69,7 @@ def unknown_field(name: str, known: Iterable[str], prefix: str) -> Problem:
     """An unknown field, with the nearest known one."""
     near = _nearest(name[:_QUOTED_CHARS], tuple(known))
     remedy = f"write {near} if that is meant, or leave it out" if near else "leave it out"
-    safe = name[:_QUOTED_CHARS] if name.isprintable() else show(name)
+    safe = name[:_QUOTED_CHARS] if name.isprintable() and name else show(name)
     return Problem(f"the field {prefix}{safe} is unknown", remedy, param=prefix + safe)
 
 
