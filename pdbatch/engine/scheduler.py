@@ -1,0 +1,169 @@
+"""Decides what the next step computes; the runner obeys.
+
+One call of `schedule` a step:
+
+    1. Decodes first: each running sequence with one token to compute gets its block. Where
+       none is free, the running sequence that comes last (priority, then arrival) and is not in
+       this step yet is preempted: it gives its blocks back and waits to be computed again (from
+       the prefix cache, with luck).
+    2. Then prefills under way, then waiting sequences, first come first served within a
+       priority, until `max_num_batched_tokens` or `max_num_seqs` is reached. A prompt that does
+       not fit into what is left of the step is computed in chunks. A sequence starts only when
+       all its known tokens find blocks, so only decodes grow and only they preempt.
+
+Sequences are ordered by `Sequence.order`. Nothing starts over somebody else's head: if the
+first in line finds no room, the others wait too.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from dataclasses import dataclass, field
+
+from pdbatch.engine.block_manager import BlockManager
+from pdbatch.engine.sequence import Sequence, SequenceState
+from pdbatch.errors import InvariantError
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """What one step computes. Sequences carry their share in `num_scheduled_tokens`."""
+
+    decodes: list[Sequence] = field(default_factory=list)
+    """One token each, after at least one computed; in order."""
+    prefills: list[Sequence] = field(default_factory=list)
+    """A chunk of known tokens each, those under way before new ones."""
+    started: list[Sequence] = field(default_factory=list)
+    """Of the prefills, those that were waiting until now."""
+    preempted: list[Sequence] = field(default_factory=list)
+    """Lost their blocks and wait again."""
+    num_tokens: int = 0
+    """Tokens of the whole step."""
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Everything in the step, in the order of the batch."""
+        return self.decodes + self.prefills
+
+
+class Scheduler:
+    """Holds the waiting and the running sequences. Not safe for several threads."""
+
+    def __init__(
+        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.running: list[Sequence] = []
+        """In order; they hold blocks."""
+        self._heap: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._waiting: set[Sequence] = set()
+        """Those of the heap that still wait: who left it stays there as a shell."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for their turn."""
+        return len(self._waiting)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """The waiting sequences, in order."""
+        return sorted(self._waiting, key=lambda sequence: sequence.order)
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence without blocks waits for its turn."""
+        sequence.state = SequenceState.WAITING
+        self._waiting.add(sequence)
+        heapq.heappush(self._heap, (sequence.order, sequence))
+
+    def add_running(self, sequence: Sequence) -> None:
+        """A sequence that already holds blocks (forked or adopted) takes part in steps."""
+        sequence.state = SequenceState.RUNNING
+        insort(self.running, sequence, key=lambda other: other.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence has ended or leaves; its blocks are the caller's business."""
+        if sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self._waiting.discard(sequence)
+        sequence.state = SequenceState.FINISHED
+
+    def has_room(self, count: int) -> bool:
+        """Whether so many more sequences may run."""
+        return len(self.running) + count <= self.max_num_seqs
+
+    @property
+    def reserve(self) -> int:
+        """Blocks that stay free for running sequences to grow when others start."""
+        return min(len(self.running), max(1, self.blocks.pool.num_blocks // 100))
+
+    def schedule(self, *, may_start: bool = True) -> SchedulerOutput:
+        """Choose the next step. With `may_start=False` no waiting sequence begins."""
+        plan = SchedulerOutput()
+        self._schedule_decodes(plan)
+        self._schedule_chunks(plan)
+        if may_start:
+            self._start_waiting(plan)
+        return plan
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; it is computed again later."""
+        if sequence.num_scheduled_tokens:
+            raise InvariantError(f"{sequence!r} preempted in its own step")
+        self.remove(sequence)
+        self.blocks.free(sequence)
+        self.add(sequence)
+
+    def _schedule_decodes(self, plan: SchedulerOutput) -> None:
+        for sequence in self.running.copy():
+            if plan.num_tokens >= self.max_num_batched_tokens:
+                break
+            if sequence.state is not SequenceState.RUNNING:  # preempted by one before it
+                continue
+            decodes = sequence.num_uncomputed_tokens == 1 and sequence.num_computed_tokens > 0
+            if decodes and self._grow(sequence, plan):
+                self._take(sequence, 1, plan)
+                plan.decodes.append(sequence)
+
+    def _schedule_chunks(self, plan: SchedulerOutput) -> None:
+        for sequence in self.running:
+            left = self.max_num_batched_tokens - plan.num_tokens
+            if left <= 0:
+                break
+            if sequence.num_scheduled_tokens == 0:
+                self._take(sequence, min(left, sequence.num_uncomputed_tokens), plan)
+                plan.prefills.append(sequence)
+
+    def _start_waiting(self, plan: SchedulerOutput) -> None:
+        while self._waiting and len(self.running) < self.max_num_seqs:
+            left = self.max_num_batched_tokens - plan.num_tokens
+            sequence = self._heap[0][1]
+            if sequence not in self._waiting:
+                heapq.heappop(self._heap)
+                continue
+            if left <= 0 or not self.blocks.admit(sequence, self.reserve):
+                break
+            heapq.heappop(self._heap)
+            self._waiting.discard(sequence)
+            self.add_running(sequence)
+            self._take(sequence, min(left, sequence.num_uncomputed_tokens), plan)
+            plan.prefills.append(sequence)
+            plan.started.append(sequence)
+
+    def _take(self, sequence: Sequence, count: int, plan: SchedulerOutput) -> None:
+        sequence.num_scheduled_tokens = count
+        plan.num_tokens += count
+        self.blocks.commit(sequence, sequence.num_computed_tokens + count)
+
+    def _grow(self, sequence: Sequence, plan: SchedulerOutput) -> bool:
+        """A block for the next token, at the cost of who comes last; False if that is itself."""
+        while not self.blocks.grow(sequence):
+            victim = next(s for s in reversed(self.running) if s.num_scheduled_tokens == 0)
+            self.preempt(victim)
+            plan.preempted.append(victim)
+            if victim is sequence:
+                return False
+        return True

@@ -1,0 +1,217 @@
+"""A request inside the engine, and the sequences of its outputs.
+
+Life of a sequence:
+
+    WAITING ──► RUNNING ──► FINISHED
+       ▲           │
+       └─preempted─┘
+
+A request of n outputs begins as one sequence; the others fork from it at the first token. On a
+prefill engine the request ends as PINNED instead (`engine.handoff`), on a decode engine it
+begins as an adoption (`engine.adoption`) and its sequences start out RUNNING, prompt computed.
+
+Four counts, all in tokens of one sequence:
+
+    num_prompt_tokens     the prompt's length
+    num_cached_tokens     of the prompt, how many were found in the prefix cache at the start
+    num_computed_tokens   how many have their KV in the sequence's blocks
+    num_scheduled_tokens  how many the step under way adds to that; 0 between steps
+
+`num_computed + num_scheduled <= num_tokens`; when they are equal the step yields a token.
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from hashlib import blake2b
+
+from pdbatch.engine.blocks import BlockHash, BlockId
+from pdbatch.engine.model_input import SampledToken, SamplingState
+from pdbatch.engine.stop import StopChecker
+from pdbatch.engine.tokenizer import Detokenizer
+from pdbatch.request import FinishReason, StageTimes
+from pdbatch.sampling import SamplingParams
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "holds no blocks and waits for its turn: new, forked without room, or preempted"
+    RUNNING = "holds blocks for all its known tokens and takes part in steps"
+    FINISHED = "ended, aborted or handed over; holds nothing"
+
+
+class ActiveRequest:
+    """One request and what its sequences have in common."""
+
+    __slots__ = (
+        "arrival",
+        "arrived_at",
+        "eos_token_ids",
+        "handed_over",
+        "key",
+        "max_tokens",
+        "num_cached_tokens",
+        "params",
+        "prefill_worker",
+        "priority",
+        "prompt_token_ids",
+        "seed",
+        "sequences",
+        "stage_started_at",
+        "started",
+        "stop_token_ids",
+        "times",
+    )
+
+    def __init__(
+        self,
+        *,
+        key: str,
+        arrival: int,
+        priority: int,
+        params: SamplingParams,
+        prompt_token_ids: list[int],
+        seed: int,
+        eos_token_ids: frozenset[int],
+        max_tokens: int,
+        now_s: float,
+    ) -> None:
+        self.key = key
+        self.arrival = arrival
+        """Order of arrival in this engine; unique."""
+        self.priority = priority
+        self.params = params
+        self.prompt_token_ids = prompt_token_ids
+        self.seed = seed
+        self.eos_token_ids = eos_token_ids
+        """The model's own ends; empty with `ignore_eos`."""
+        self.stop_token_ids = frozenset(params.stop_token_ids)
+        self.max_tokens = max_tokens
+        """Most output tokens: asked for, or what the model's length leaves."""
+        self.num_cached_tokens = 0
+        self.started = False
+        self.handed_over = False
+        """True once it came from or left for another engine."""
+        self.prefill_worker = ""
+        self.times = StageTimes()
+        self.arrived_at = now_s
+        self.stage_started_at = now_s
+        """Monotonic seconds at which the stage under way began."""
+        self.sequences = [Sequence(self, 0)]
+
+    @property
+    def finished(self) -> bool:
+        """True when all outputs have ended."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """The prompt's length."""
+        return len(self.prompt_token_ids)
+
+    def close_stage(self, now_s: float) -> float:
+        """Seconds since the stage under way began; the next one begins now."""
+        spent, self.stage_started_at = now_s - self.stage_started_at, now_s
+        return max(0.0, spent)
+
+
+class Sequence:
+    """One output of a request: its tokens, its blocks, how far it is."""
+
+    __slots__ = (
+        "block_hashes",
+        "block_table",
+        "detokenizer",
+        "finish_reason",
+        "index",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "num_scheduled_tokens",
+        "order",
+        "output_token_ids",
+        "prompt_token_ids",
+        "request",
+        "sampled",
+        "sampling",
+        "state",
+        "stop_checker",
+        "stop_reason",
+    )
+
+    def __init__(self, request: ActiveRequest, index: int) -> None:
+        self.request = request
+        self.index = index
+        """Which of the request's n outputs."""
+        self.order = (request.priority, request.arrival, index)
+        """Smaller runs first and is preempted last."""
+        self.state = SequenceState.WAITING
+        self.prompt_token_ids = request.prompt_token_ids
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.output_token_ids: list[int] = []
+        self.num_computed_tokens = 0
+        self.num_scheduled_tokens = 0
+        self.block_table: list[BlockId] = []
+        self.block_hashes: list[BlockHash] = []
+        """Of the full blocks of known tokens, as far as they were needed."""
+        self.num_registered_blocks = 0
+        """Leading blocks whose hashes the pool knows."""
+        self.sampling = SamplingState(
+            params=request.params,
+            seed=request.seed,
+            output_index=index,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=self.output_token_ids,
+            stop_token_ids=request.eos_token_ids | request.stop_token_ids,
+        )
+        self.sampled: list[SampledToken] = []
+        """Every choice with its log-probability; kept only where log-probabilities are asked."""
+        self.detokenizer: Detokenizer | None = None
+        self.stop_checker: StopChecker | None = None
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request.key!r}[{self.index}], {self.state.name}, "
+            f"{self.num_computed_tokens}+{self.num_scheduled_tokens}/{self.num_tokens} tokens)"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens, prompt and output."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens whose KV is still to be computed; at least 1 while it runs."""
+        return self.num_tokens - self.num_computed_tokens
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Known tokens in [start, stop)."""
+        prompt = self.num_prompt_tokens
+        if stop <= prompt:
+            return self.prompt_token_ids[start:stop]
+        if start >= prompt:
+            return self.output_token_ids[start - prompt : stop - prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - prompt]
+
+    def hash_blocks(self, count: int, block_size: int, root: bytes) -> list[BlockHash]:
+        """Hashes of at least the first `count` blocks, which are full of known tokens.
+
+        Each is 128 bits of blake2b over the hash before it (`root`, the model's layout, before
+        the first) and the block's tokens: equal hashes mean equal prefixes.
+        """
+        hashes = self.block_hashes
+        known = len(hashes)
+        if known < count:
+            size = block_size * 4
+            data = array("I", self.tokens(known * block_size, count * block_size)).tobytes()
+            parent = hashes[-1] if hashes else root
+            for start in range(0, len(data), size):
+                digest = blake2b(parent + data[start : start + size], digest_size=16).digest()
+                parent = BlockHash(digest)
+                hashes.append(parent)
+        return hashes
