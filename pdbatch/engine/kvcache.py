@@ -1,8 +1,10 @@
 """The paged KV cache: one pool of blocks, each holding K and V of all layers in one piece.
 
-Legend: N blocks, L layers, H KV heads, D head size, T tokens; the 2 is K, V.
-A block is contiguous ([L, 2, block, H, D]), so that a transfer moves few large pieces; a
-layer's K or V is a strided view. The pool lies in a buffer of the caller's (a region that
+Legend: N blocks, L layers, H KV heads, D head size, b tokens of a block; the 2 is K, V.
+A block is contiguous ([L, 2, H, b, D]), so that a transfer moves few large pieces; a layer's
+K or V is a strided view. Heads come before tokens: gathering a sequence's pages then brings
+each head's keys together, and a rank that serves some of the heads finds them in one piece
+for each layer. The pool lies in a buffer of the caller's (a region that
 other processes read) or in memory of its own. Who may write a block is the block manager's
 business; nothing here counts references.
 """
@@ -42,7 +44,7 @@ class PagedKVCache:
 
     shape: KVShape
     num_blocks: int
-    pool_NL2bHD: torch.Tensor
+    pool_NL2HbD: torch.Tensor
 
     def __init__(
         self,
@@ -54,43 +56,41 @@ class PagedKVCache:
         self.shape = shape
         self.num_blocks = num_blocks
         self.device = torch.device(device)
-        size = (num_blocks, shape.num_layers, 2, shape.block_size, shape.num_kv_heads)
-        size = (*size, shape.head_dim)
+        per_layer = (2, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        size = (num_blocks, shape.num_layers, *per_layer)
         if buffer is None:
-            self.pool_NL2bHD = torch.zeros(size, dtype=shape.dtype, device=self.device)
+            self.pool_NL2HbD = torch.zeros(size, dtype=shape.dtype, device=self.device)
         else:
-            self.pool_NL2bHD = _over(buffer, shape, num_blocks, self.device).view(size)
+            self.pool_NL2HbD = _over(buffer, shape, num_blocks, self.device).view(size)
 
     @property
     def pool(self) -> torch.Tensor:
-        """[N, L, 2, block, H, D], contiguous."""
-        return self.pool_NL2bHD
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """[N * L * 2 * block, H * D]: one row is K or V of one token in one layer.
-
-        Row `((block * L + layer) * 2 + kv) * block_size + offset`, kv 0 for K and 1 for V.
-        """
-        width = self.shape.num_kv_heads * self.shape.head_dim
-        return self.pool_NL2bHD.view(-1, width)
+        """[N, L, 2, H, b, D], contiguous."""
+        return self.pool_NL2HbD
 
     @property
     def pages(self) -> torch.Tensor:
-        """[N * L * 2, block * H * D]: one row is K or V of one block in one layer."""
-        shape = self.shape
-        return self.pool_NL2bHD.view(-1, shape.block_size * shape.num_kv_heads * shape.head_dim)
+        """[N * L * 2 * H, b * D]: a row is K or V of one block, layer and head.
+
+        Its index is `((block * L + layer) * 2 + kv) * H + head`, kv 0 for K and 1 for V.
+        """
+        return self.pool_NL2HbD.view(-1, self.shape.block_size * self.shape.head_dim)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer, each [N, block, H, D], strided views."""
-        return self.pool_NL2bHD[:, layer, 0], self.pool_NL2bHD[:, layer, 1]
+        """K and V of one layer, each [N, H, b, D], strided views."""
+        return self.pool_NL2HbD[:, layer, 0], self.pool_NL2HbD[:, layer, 1]
 
     def copy_blocks(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """Copy whole blocks, all layers; `src` and `dst` are equally long and disjoint."""
         if len(src) != len(dst):
             raise ValueError(f"{len(src)} source blocks for {len(dst)} destinations")
         for source, target in zip(src, dst, strict=True):
-            self.pool_NL2bHD[target].copy_(self.pool_NL2bHD[source])
+            self.pool_NL2HbD[target].copy_(self.pool_NL2HbD[source])
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        """Fill whole blocks with zeros, all layers."""
+        for block in blocks:
+            self.pool_NL2HbD[block].zero_()
 
 
 def _over(

@@ -1,14 +1,28 @@
-"""From a model's name to a model in memory."""
+"""From a model's name to a model in memory.
+
+    name ──prepare──► folder (config.json, safetensors, tokenizer) ──load──► LoadedModel
+
+A name is looked for in this order: an alias, a folder, a GGUF file, a model of the hub
+(`owner/name`; what is already on this machine first). No code that comes with a model runs.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pdbatch.engine import gguf
+from pdbatch.engine.attention import hook
 from pdbatch.engine.tokenizer import Tokenizer
+from pdbatch.errors import ConfigError, ModelError
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_GROWING_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings that change with the longest sequence of a batch: kept below that point."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +50,35 @@ def load(model: str, home: str, device: str = "auto", dtype: str = "auto") -> Lo
     """Load a model (alias, folder, GGUF file or hub name).
 
     `dtype` auto is float32 on the CPU and the model's own on a GPU.
-    Raises ModelError with a remedy if it cannot be found, converted, or run by this engine.
+    Raises ModelError with a remedy if it cannot be found, converted, or run by this engine,
+    ConfigError for a device or dtype that is not there.
     """
-    raise NotImplementedError
+    target = pick_device(device)
+    folder = prepare(model, home)
+    hook.register()
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder} holds no readable config.json: {error}") from error
+    text_config = config.get_text_config()
+    kind = _pick_dtype(dtype, target, text_config)
+    network = _weights(folder, kind).to(target).eval()
+    network.requires_grad_(False)
+    vocab_size = int(network.get_output_embeddings().weight.shape[0])
+    tokenizer = Tokenizer.load(folder, int(network.get_input_embeddings().weight.shape[0]))
+    return LoadedModel(
+        model=network,
+        config=text_config,
+        tokenizer=tokenizer,
+        dtype=kind,
+        device=target,
+        max_model_len=_max_model_len(text_config),
+        eos_token_ids=_eos(network, text_config, tokenizer),
+        name=model_name(model),
+        vocab_size=vocab_size,
+    )
 
 
 def prepare(model: str, home: str) -> Path:
@@ -46,4 +86,121 @@ def prepare(model: str, home: str) -> Path:
 
     Safe against several processes at once. Raises ModelError.
     """
-    raise NotImplementedError
+    models = Path(home).expanduser() / "models"
+    if model in gguf.ALIASES:
+        return gguf.converted(gguf.alias_file(model), models / model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            remedy = "give the folder that save_pretrained wrote, or a .gguf file"
+            raise ModelError(f"{path} holds no config.json", remedy=remedy)
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf.converted(path, models / gguf.folder_name(path))
+    if path.suffix != ".gguf" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+        return _from_hub(model)
+    known = ", ".join(gguf.ALIASES)
+    remedy = f"give an alias ({known}), a folder, a .gguf file or a hub name (owner/name)"
+    raise ModelError(f"there is no model {model!r}", remedy=remedy)
+
+
+def model_name(model: str) -> str:
+    """The name by which workers know that they serve the same model."""
+    path = Path(model).expanduser()
+    if model in gguf.ALIASES or not path.exists():
+        return model
+    return path.resolve().name.removesuffix(".gguf")
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first GPU, else the CPU. Raises ConfigError if it is not there."""
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is unknown", remedy="use cpu or cuda:0") from error
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        remedy = "use --device cpu, or install a torch that sees the GPU"
+        raise ConfigError(f"device {device} is not there: torch sees {count} GPUs", remedy=remedy)
+    return torch.device("cuda:0") if device == "cuda" else picked
+
+
+def _pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    if dtype == "auto":
+        own = getattr(config, "dtype", None)
+        gpu = own if isinstance(own, torch.dtype) else torch.bfloat16
+        return torch.float32 if device.type == "cpu" else gpu
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in names:
+        raise ConfigError(f"dtype {dtype!r} is unknown", remedy=f"use auto, {', '.join(names)}")
+    return names[dtype]
+
+
+def _weights(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    family: Any = AutoModelForCausalLM
+    try:
+        network, report = family.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=hook.IMPLEMENTATION,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        remedy = "give a folder of safetensors of a decoder that transformers knows"
+        raise ModelError(
+            f"the model in {folder} cannot be loaded: {error}", remedy=remedy
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise ModelError(f"{folder} lacks {len(missing)} weights of the model: {names}")
+    return network
+
+
+def _max_model_len(config: Any) -> int:
+    rope = getattr(config, "rope_parameters", None) or {}
+    longest = int(getattr(config, "max_position_embeddings", 2048))
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") in _GROWING_ROPE:
+            original = part.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            longest = min(longest, int(original or longest))
+    return longest
+
+
+def _eos(network: Any, config: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ends that `generate` knows; the tokenizer's own where the model names none."""
+    for source in (network.generation_config, config):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return (ids,) if isinstance(ids, int) else tuple(sorted(ids))
+    return tokenizer.eos_token_ids
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    for local_only in (True, False):
+        try:
+            folder = Path(
+                snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=local_only)
+            )
+        except Exception as error:
+            if not local_only:
+                remedy = "check the name and the network, or give a folder or a .gguf file"
+                message = f"model {name} is not on this machine, and the hub did not give it"
+                raise ModelError(f"{message}: {error}", remedy=remedy) from error
+            continue
+        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+            return folder
+    remedy = "choose a model that offers safetensors"
+    raise ModelError(f"the hub's {name} has no config.json or no safetensors", remedy=remedy)

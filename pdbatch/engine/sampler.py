@@ -1,4 +1,15 @@
-"""Chooses the next token of each row."""
+"""Chooses the next token of each row.
+
+Legend: S rows, V vocabulary, R rows that are not plainly greedy, K candidates.
+
+Order: penalties, logit bias, mask of the stop tokens before min_tokens, temperature, then
+what min_p, top_k and top_p leave, then one draw. Greedy rows end after the mask. Reported
+log-probabilities are those of the model: before all of this.
+
+A row never depends on its batch mates: every step works on each row by its own numbers, the
+draw's uniform is keyed by (seed, output, position), and truncation keeps values, not places,
+so equal logits are kept or dropped together and the draw goes by token id.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +17,153 @@ from collections.abc import Sequence
 
 import torch
 
+from pdbatch.engine import rng
 from pdbatch.engine.model_input import SampledToken, SamplingState
+from pdbatch.engine.penalties import adjust, is_adjusted
+
+_NUCLEUS = 1024
+"""top_p looks among so many likeliest tokens first; only where they fall short are all sorted."""
 
 
 class Sampler:
-    """Chooses tokens for a batch; no row depends on its batch mates."""
+    """Chooses tokens for a batch; float32 throughout, on the device of the logits."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        raise NotImplementedError
+        self.vocab_size = vocab_size
+        self.device = device
 
+    @torch.inference_mode()
     def sample(
         self, logits_SV: torch.Tensor, states: Sequence[SamplingState]
     ) -> list[SampledToken]:
         """One token for each row; row s belongs to states[s]. States are not changed."""
-        raise NotImplementedError
+        special = [s for s, state in enumerate(states) if _is_special(state)]
+        if len(special) < len(states):
+            chosen = logits_SV.argmax(-1).tolist()
+        else:
+            chosen = [0] * len(states)
+        if special:
+            picked = [states[s] for s in special]
+            tokens_R = self._choose(_rows(logits_SV, special).float(), picked)
+            for s, token in zip(special, tokens_R, strict=True):
+                chosen[s] = token
+        reported = [s for s, state in enumerate(states) if state.params.logprobs is not None]
+        result = [SampledToken(token, None) for token in chosen]
+        if reported:
+            wanted = [(states[s].params.logprobs or 0, chosen[s]) for s in reported]
+            logprobs = torch.log_softmax(_rows(logits_SV, reported).float(), -1)
+            for s, token in zip(reported, _report(logprobs, wanted), strict=True):
+                result[s] = token
+        return result
+
+    def _choose(self, logits_RV: torch.Tensor, states: list[SamplingState]) -> list[int]:
+        """`logits_RV` is a copy of the caller's and is changed."""
+        adjust(logits_RV, states, self.vocab_size)
+        tokens: list[int] = logits_RV.argmax(-1).tolist()
+        drawn = [r for r, state in enumerate(states) if not state.params.greedy]
+        if drawn:
+            picked = [states[r] for r in drawn]
+            drawn_tokens = _draw(_rows(logits_RV, drawn), picked).tolist()
+            for r, token in zip(drawn, drawn_tokens, strict=True):
+                tokens[r] = token
+        return tokens
+
+
+def _is_special(state: SamplingState) -> bool:
+    return not state.params.greedy or is_adjusted(state)
+
+
+def _rows(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """These rows as a copy."""
+    return values.index_select(0, torch.tensor(rows, device=values.device))
+
+
+def _draw(logits_RV: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
+    """Token ids [R], by the inverse of each row's cumulated probabilities."""
+    params = [state.params for state in states]
+    device = logits_RV.device
+    logits_RV /= _column([p.temperature for p in params], device)
+    _keep_min_p(logits_RV, [p.min_p for p in params])
+    _keep_top_k(logits_RV, [p.top_k for p in params])
+    probs_RV = torch.softmax(logits_RV, -1)
+    _keep_top_p(probs_RV, [p.top_p for p in params])
+    cumulated_RV = probs_RV.cumsum(-1)
+    uniforms = rng.uniforms(
+        [state.seed for state in states],
+        [state.output_index for state in states],
+        [len(state.output_token_ids) for state in states],
+    )
+    target_R1 = torch.from_numpy(uniforms).to(device)[:, None] * cumulated_RV[:, -1:]
+    tokens_R = torch.searchsorted(cumulated_RV, target_R1).squeeze(1)
+    # A parallel sum may fall by a rounding; never take a token that was truncated away.
+    tokens_R = tokens_R.clamp_(max=probs_RV.shape[1] - 1)
+    lost_R = probs_RV.gather(1, tokens_R[:, None]).squeeze(1) <= 0
+    return torch.where(lost_R, probs_RV.argmax(-1), tokens_R)
+
+
+def _column(values: list[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+
+def _keep_min_p(logits_RV: torch.Tensor, min_p: list[float]) -> None:
+    rows = [r for r, value in enumerate(min_p) if value > 0]
+    if not rows:
+        return
+    floor_R1 = _column([min_p[r] for r in rows], logits_RV.device).log()
+    part = _rows(logits_RV, rows)
+    part.masked_fill_(part < part.amax(-1, keepdim=True) + floor_R1, float("-inf"))
+    logits_RV[rows] = part
+
+
+def _keep_top_k(logits_RV: torch.Tensor, top_k: list[int]) -> None:
+    """Keep what is at least as likely as the k-th likeliest."""
+    rows = [r for r, k in enumerate(top_k) if 0 < k < logits_RV.shape[1]]
+    if not rows:
+        return
+    part = _rows(logits_RV, rows)
+    kth = torch.tensor([top_k[r] - 1 for r in rows], device=part.device)[:, None]
+    best_RK = part.topk(max(top_k[r] for r in rows), -1).values
+    part.masked_fill_(part < best_RK.gather(1, kth), float("-inf"))
+    logits_RV[rows] = part
+
+
+def _keep_top_p(probs_RV: torch.Tensor, top_p: list[float]) -> None:
+    """Set to 0 what is less likely than the last token of the nucleus."""
+    rows = [r for r, p in enumerate(top_p) if p < 1]
+    if not rows:
+        return
+    part = _rows(probs_RV, rows)
+    limit_R1 = _column([top_p[r] for r in rows], part.device)
+    best_RK = part.topk(min(_NUCLEUS, part.shape[1]), -1).values
+    floor_R1, enough_R = _nucleus_floor(best_RK, limit_R1)
+    short = (~enough_R).nonzero().flatten()
+    if short.numel():
+        whole = part.index_select(0, short).sort(-1, descending=True).values
+        floor_R1[short] = _nucleus_floor(whole, limit_R1.index_select(0, short))[0]
+    part.masked_fill_(part < floor_R1, 0.0)
+    probs_RV[rows] = part
+
+
+def _nucleus_floor(
+    best_RK: torch.Tensor, limit_R1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least probability in the nucleus [R, 1], and whether these candidates hold it [R]."""
+    cumulated = best_RK.cumsum(-1)
+    before = (cumulated < limit_R1).sum(-1, keepdim=True)
+    enough = before.squeeze(1) < best_RK.shape[1]
+    return best_RK.gather(1, before.clamp_(max=best_RK.shape[1] - 1)), enough
+
+
+def _report(logprobs_RV: torch.Tensor, wanted: list[tuple[int, int]]) -> list[SampledToken]:
+    """For each row the log-probabilities of (how many likeliest, the chosen token)."""
+    chosen = torch.tensor([token for _, token in wanted], device=logprobs_RV.device)
+    own = logprobs_RV.gather(1, chosen[:, None]).squeeze(1).tolist()
+    most = min(max(k for k, _ in wanted), logprobs_RV.shape[1])
+    best = logprobs_RV.topk(most, -1) if most else None
+    values = best.values.tolist() if best else [[]] * len(wanted)
+    ids = best.indices.tolist() if best else [[]] * len(wanted)
+    result = []
+    for row, (count, token) in enumerate(wanted):
+        top = tuple(zip(ids[row][:count], values[row][:count], strict=True))
+        result.append(SampledToken(token, own[row], top))
+    return result

@@ -1,0 +1,76 @@
+"""The one function that transformers calls for each layer of each step.
+
+A model whose configuration names `IMPLEMENTATION` makes no masks of its own (transformers
+makes none for an attention it does not know) and hands every keyword on to us.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pdbatch.errors import ModelError
+
+IMPLEMENTATION = "pdbatch_paged"
+KEYWORD = "pdbatch_step"
+
+
+class StepAttention(Protocol):
+    """Attention of one step, for all its sequences and layers."""
+
+    def attend(
+        self,
+        layer: int,
+        q_HTD: torch.Tensor,
+        k_HTD: torch.Tensor,
+        v_HTD: torch.Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Write K and V of the step's tokens, then attend; [T, query heads, D].
+
+        Called once for each layer, by the model's forward. K and V have their own number of
+        heads. A token sees itself and what stands before it in its sequence, at most
+        `window` tokens with itself; `softcap` c turns a score s into c * tanh(s / c).
+        """
+        ...
+
+
+def register() -> None:
+    """Make `IMPLEMENTATION` known to transformers; again is harmless."""
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, paged_attention)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer; q, k, v are [1, heads, T, D], the result [1, T, heads, D].
+
+    Raises ModelError for a model that needs what no backend here can do.
+    """
+    if others.get("s_aux") is not None:
+        raise ModelError("attention with sinks is not supported", remedy="choose another model")
+    step: StepAttention = others[KEYWORD]
+    out_THD = step.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0],
+        key[0],
+        value[0],
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out_THD.unsqueeze(0), None

@@ -1,0 +1,184 @@
+"""Attention over the paged cache in plain torch operations, on any device.
+
+Legend: T tokens of the step, H KV heads, G query heads of each KV head, D head size,
+S sequences of a group, q and c queries and keys of one chunk.
+
+The pages that a part of the step reads are gathered into one contiguous buffer (a page
+holds one head's tokens of one block, so the gather also brings each head's keys together),
+and the query heads that share a KV head are rows of one product. Nothing is repeated.
+
+What lies in a block beyond its sequence's tokens is read, and masked: it must be finite.
+`start_blocks` sees to that by clearing a block when its first token is about to be written.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from pdbatch.engine.attention import plan as plans
+from pdbatch.engine.kvcache import PagedKVCache
+from pdbatch.engine.model_input import ModelInput
+
+_TILE = 128
+"""Queries of a chunk whose scores are held at once where they are computed here."""
+
+
+class Workspace:
+    """Memory for gathered pages, kept from step to step: fresh pages of memory cost time."""
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+
+    def take(self, rows: int, like: torch.Tensor) -> torch.Tensor:
+        """[rows, width of `like`], contents undefined, valid until the next call."""
+        need = rows * like.shape[1]
+        if self._buffer is None or self._buffer.numel() < need:
+            self._buffer = like.new_empty(need + need // 4)
+        return self._buffer[:need].view(rows, like.shape[1])
+
+
+class PagedStep:
+    """A `StepAttention` over one cache; built for one step."""
+
+    def __init__(self, cache: PagedKVCache, batch: ModelInput, workspace: Workspace) -> None:
+        self._cache = cache
+        self._batch = batch
+        self._workspace = workspace
+        self._plans: dict[int | None, plans.Plan] = {}
+        self._rows_TH = _rows(cache, batch.slot_mapping_T)
+
+    def attend(
+        self,
+        layer: int,
+        q_HTD: torch.Tensor,
+        k_HTD: torch.Tensor,
+        v_HTD: torch.Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        self._write(layer, k_HTD, v_HTD)
+        if window not in self._plans:
+            self._plans[window] = plans.build(self._batch, self._cache, window)
+        plan = self._plans[window]
+        heads, size = k_HTD.shape[0], q_HTD.shape[2]
+        q_HGTD = q_HTD.view(heads, -1, *q_HTD.shape[1:])
+        out_THGD = q_HTD.new_empty(q_HTD.shape[1], *q_HGTD.shape[:2], size)
+        for group in plan.groups:
+            self._decode(layer, group, q_HGTD, out_THGD, scaling, softcap)
+        for chunk in plan.chunks:
+            q_HGqD = q_HGTD[:, :, chunk.start : chunk.end]
+            if chunk.pages_2HM is None:
+                k_HcD = k_HTD[:, chunk.start : chunk.end]
+                v_HcD = v_HTD[:, chunk.start : chunk.end]
+            else:
+                k_HcD, v_HcD = self._gather(layer, chunk.pages_2HM, heads)
+                k_HcD, v_HcD = k_HcD[:, : chunk.num_keys], v_HcD[:, : chunk.num_keys]
+            out_HGqD = chunk_attention(q_HGqD, k_HcD, v_HcD, chunk.mask_qc, scaling, softcap)
+            out_THGD[chunk.start : chunk.end] = out_HGqD.permute(2, 0, 1, 3)
+        return out_THGD.flatten(1, 2)
+
+    def _write(self, layer: int, k_HTD: torch.Tensor, v_HTD: torch.Tensor) -> None:
+        shape = self._cache.shape
+        tokens = self._cache.pool.view(-1, shape.head_dim)
+        per_kv = shape.num_kv_heads * shape.block_size
+        for kv, new_HTD in enumerate((k_HTD, v_HTD)):
+            rows_TH = self._rows_TH + (layer * 2 + kv) * per_kv
+            tokens.index_copy_(0, rows_TH, new_HTD.transpose(0, 1).reshape(-1, shape.head_dim))
+
+    def _gather(
+        self, layer: int, pages: torch.Tensor, parts: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of these pages, each [parts, tokens, D], contiguous."""
+        shape = self._cache.shape
+        source = self._cache.pages
+        out = self._workspace.take(pages.numel(), source)
+        torch.index_select(source, 0, pages + layer * 2 * shape.num_kv_heads, out=out)
+        k, v = out.view(2, parts, -1, shape.head_dim).unbind(0)
+        return k, v
+
+    def _decode(
+        self,
+        layer: int,
+        group: plans.DecodeGroup,
+        q_HGTD: torch.Tensor,
+        out_THGD: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> None:
+        count = self._batch.num_decodes
+        q_SHGD = q_HGTD[:, :, :count].permute(2, 0, 1, 3)
+        if group.rows_S is not None:
+            q_SHGD = q_SHGD.index_select(0, group.rows_S)
+        parts = group.num_seqs * q_SHGD.shape[1]
+        k, v = self._gather(layer, group.pages_2SHM, parts)
+        out = attention(q_SHGD.flatten(0, 1), k, v, group.mask_SH1C, scaling, softcap)
+        if group.rows_S is None:
+            out_THGD[:count] = out.view(q_SHGD.shape)
+        else:
+            out_THGD.index_copy_(0, group.rows_S, out.view(q_SHGD.shape))
+
+
+def start_blocks(cache: PagedKVCache, slot_mapping_T: torch.Tensor) -> None:
+    """Clear the blocks whose first token this step writes: no old number is read there."""
+    size = cache.shape.block_size
+    blocks = slot_mapping_T[slot_mapping_T % size == 0] // size
+    if blocks.numel():
+        cache.clear_blocks(blocks.tolist())
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """softmax(q k^T * scaling + mask) v over batches: q [P, rows, D], k and v [P, c, D]."""
+    if softcap is None:
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling)
+    else:
+        scores = torch.bmm(q, k.transpose(1, 2)).float() * (scaling / softcap)
+        scores = torch.tanh(scores) * softcap + mask
+    return torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
+
+
+def chunk_attention(
+    q_HGqD: torch.Tensor,
+    k_HcD: torch.Tensor,
+    v_HcD: torch.Tensor,
+    mask_qc: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One sequence's chunk, [H, G, q, D]; without a mask it is causal over itself."""
+    groups = q_HGqD.shape[1]
+    if softcap is None:
+        k, v = (x.unsqueeze(1).expand(-1, groups, -1, -1) for x in (k_HcD, v_HcD))
+        return F.scaled_dot_product_attention(
+            q_HGqD, k, v, attn_mask=mask_qc, is_causal=mask_qc is None, scale=scaling
+        )
+    queries = q_HGqD.shape[2]
+    if mask_qc is None:
+        full = torch.full((queries, queries), float("-inf"), device=q_HGqD.device)
+        mask_qc = full.triu_(1)
+    out = torch.empty_like(q_HGqD)
+    for begin in range(0, queries, _TILE):
+        q = q_HGqD[:, :, begin : begin + _TILE]
+        mask = mask_qc[begin : begin + _TILE].repeat(groups, 1)
+        part = attention(q.flatten(1, 2), k_HcD, v_HcD, mask, scaling, softcap)
+        out[:, :, begin : begin + _TILE] = part.view(q.shape)
+    return out
+
+
+def _rows(cache: PagedKVCache, slot_mapping_T: torch.Tensor) -> torch.Tensor:
+    """[T * H] rows of [.., D] where K of layer 0 goes, head by head of each token."""
+    shape = cache.shape
+    size, heads = shape.block_size, shape.num_kv_heads
+    block_T = slot_mapping_T // size
+    first_T = block_T * (shape.num_layers * 2 * heads * size) + slot_mapping_T % size
+    rows = first_T[:, None] + torch.arange(heads) * size
+    return rows.flatten().to(cache.device)

@@ -1,0 +1,156 @@
+"""Which cache pages each part of a step reads: computed once, used by every layer.
+
+Legend: S sequences of a group, H KV heads, M blocks, C = M * block_size tokens, q and c
+lengths of queries and keys of one chunk; the 2 is K, V.
+
+Decodes (one token each) are taken together in groups of similar length, so that little is
+padded; chunks of prompts one by one. All page indices are for layer 0; layer l adds
+`l * PageMath.layer`. A window cuts off the blocks that no query of the step can see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pdbatch.engine.kvcache import PagedKVCache
+from pdbatch.engine.model_input import ModelInput
+
+_WASTE_BLOCKS = 48
+"""Padding blocks of a group that cost about as much as one group more (measured on a CPU)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Sequences with one query each, their keys padded to one length."""
+
+    rows_S: torch.Tensor | None
+    """Which decodes of the step, or None for all of them in order."""
+    pages_2SHM: torch.Tensor
+    """Flat page indices of layer 0."""
+    num_seqs: int
+    num_tokens: int
+    """C, padding included."""
+    mask_SH1C: torch.Tensor
+    """[S * H, 1, C]: 0 where a key is seen, -inf elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Several queries of one sequence."""
+
+    start: int
+    end: int
+    """The chunk's tokens are [start, end) of the step."""
+    pages_2HM: torch.Tensor | None
+    """Flat page indices of layer 0; None if all keys are the chunk's own."""
+    num_keys: int
+    mask_qc: torch.Tensor | None
+    """Added to the scores; None for plain causal attention of the chunk to itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to attend in the layers that share a window."""
+
+    groups: list[DecodeGroup]
+    chunks: list[Chunk]
+
+
+def build(batch: ModelInput, cache: PagedKVCache, window: int | None) -> Plan:
+    """The plan of one step for layers with this window."""
+    chunks = [
+        _chunk(batch, cache, seq, window)
+        for seq in range(batch.num_decodes, len(batch.context_lens))
+    ]
+    return Plan(groups=_groups(batch, cache, window), chunks=chunks)
+
+
+def _first_block(first_query: int, window: int | None, block_size: int) -> int:
+    """The first block that a query at this position still sees."""
+    return 0 if window is None else max(0, first_query - window + 1) // block_size
+
+
+def _pages(cache: PagedKVCache, blocks: torch.Tensor) -> torch.Tensor:
+    """[2, *, H, M] page indices of layer 0 for block ids [*, M]."""
+    shape = cache.shape
+    heads = shape.num_kv_heads
+    kv = torch.arange(2) * heads
+    first = (blocks.long() * (shape.num_layers * 2 * heads)).unsqueeze(-2)
+    pages = kv.view(2, *[1] * first.dim()) + first.unsqueeze(0) + torch.arange(heads)[:, None]
+    return pages.reshape(-1).to(cache.device)
+
+
+def _groups(batch: ModelInput, cache: PagedKVCache, window: int | None) -> list[DecodeGroup]:
+    if not batch.num_decodes:
+        return []
+    size = cache.shape.block_size
+    lens = batch.context_lens[: batch.num_decodes]
+    first = [_first_block(n - 1, window, size) for n in lens]
+    num_blocks = [-(-n // size) - f for n, f in zip(lens, first, strict=True)]
+    order = sorted(range(len(lens)), key=lambda s: -num_blocks[s])
+    groups, begin, waste = [], 0, 0
+    for at in range(1, len(order) + 1):
+        if at < len(order):
+            waste += num_blocks[order[begin]] - num_blocks[order[at]]
+        if at == len(order) or waste > _WASTE_BLOCKS:
+            rows = sorted(order[begin:at]) if at - begin < len(order) else None
+            groups.append(_group(batch, cache, window, rows, first, num_blocks[order[begin]]))
+            begin, waste = at, 0
+    return groups
+
+
+def _group(
+    batch: ModelInput,
+    cache: PagedKVCache,
+    window: int | None,
+    rows: list[int] | None,
+    first: list[int],
+    num_blocks: int,
+) -> DecodeGroup:
+    size = cache.shape.block_size
+    picked = list(range(batch.num_decodes)) if rows is None else rows
+    lens_S1 = torch.tensor([batch.context_lens[s] for s in picked])[:, None]
+    first_S1 = torch.tensor([first[s] for s in picked])[:, None]
+    # Past its end a sequence repeats its last block: those keys are finite, and masked.
+    blocks_SM = (first_S1 + torch.arange(num_blocks)).minimum((lens_S1 - 1) // size)
+    blocks_SM = batch.block_tables_SM[torch.tensor(picked)].gather(1, blocks_SM)
+    position_SC = first_S1 * size + torch.arange(num_blocks * size)
+    seen_SC = position_SC < lens_S1
+    if window is not None:
+        seen_SC &= position_SC >= lens_S1 - window
+    mask_SC = _additive(seen_SC, cache)
+    heads = cache.shape.num_kv_heads
+    mask = mask_SC[:, None, None, :].expand(-1, heads, 1, -1).flatten(0, 1)
+    return DecodeGroup(
+        rows_S=None if rows is None else torch.tensor(rows, device=cache.device),
+        pages_2SHM=_pages(cache, blocks_SM),
+        num_seqs=len(picked),
+        num_tokens=num_blocks * size,
+        mask_SH1C=mask.contiguous(),
+    )
+
+
+def _chunk(batch: ModelInput, cache: PagedKVCache, seq: int, window: int | None) -> Chunk:
+    start, end = batch.cu_seqlens_q[seq], batch.cu_seqlens_q[seq + 1]
+    keys, queries = batch.context_lens[seq], end - start
+    if keys == queries and (window is None or keys <= window):
+        return Chunk(start, end, None, keys, None)
+    size = cache.shape.block_size
+    first = 0 if keys == queries else _first_block(keys - queries, window, size)
+    pages = None
+    if keys > queries:
+        blocks_M = batch.block_tables_SM[seq, first : -(-keys // size)]
+        pages = _pages(cache, blocks_M)
+    query_q1 = torch.arange(keys - queries, keys)[:, None]
+    key_c = torch.arange(first * size, keys)
+    seen_qc = key_c <= query_q1
+    if window is not None:
+        seen_qc &= key_c > query_q1 - window
+    return Chunk(start, end, pages, keys - first * size, _additive(seen_qc, cache))
+
+
+def _additive(seen: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    mask = torch.zeros(seen.shape, dtype=cache.shape.dtype)
+    return mask.masked_fill_(~seen, float("-inf")).to(cache.device)
