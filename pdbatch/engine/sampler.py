@@ -38,10 +38,9 @@ class Sampler:
     ) -> list[SampledToken]:
         """One token for each row; row s belongs to states[s]. States are not changed."""
         special = [s for s, state in enumerate(states) if _is_special(state)]
+        chosen: list[int] = [0] * len(states)
         if len(special) < len(states):
             chosen = logits_SV.argmax(-1).tolist()
-        else:
-            chosen = [0] * len(states)
         if special:
             picked = [states[s] for s in special]
             tokens_R = self._choose(_rows(logits_SV, special).float(), picked)
@@ -52,8 +51,8 @@ class Sampler:
         if reported:
             wanted = [(states[s].params.logprobs or 0, chosen[s]) for s in reported]
             logprobs = torch.log_softmax(_rows(logits_SV, reported).float(), -1)
-            for s, token in zip(reported, _report(logprobs, wanted), strict=True):
-                result[s] = token
+            for s, report in zip(reported, _report(logprobs, wanted), strict=True):
+                result[s] = report
         return result
 
     def _choose(self, logits_RV: torch.Tensor, states: list[SamplingState]) -> list[int]:
