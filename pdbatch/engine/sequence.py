@@ -28,8 +28,8 @@ from hashlib import blake2b
 
 from pdbatch.engine.blocks import BlockHash, BlockId
 from pdbatch.engine.model_input import SampledToken, SamplingState
+from pdbatch.engine.ports import Detokenizer
 from pdbatch.engine.stop import StopChecker
-from pdbatch.engine.tokenizer import Detokenizer
 from pdbatch.request import FinishReason, StageTimes
 from pdbatch.sampling import SamplingParams
 
