@@ -35,6 +35,8 @@ class IngestProgress:
     num_rejected: int = 0
     models: frozenset[str] = field(default_factory=frozenset)
     """The models that the requests so far want, in their canonical form."""
+    done: bool = False
+    """All is taken in."""
 
 
 def take_in(
@@ -45,52 +47,56 @@ def take_in(
     on_progress: Callable[[IngestProgress], None] | None = None,
 ) -> tuple[JobId, IngestProgress]:
     """Makes the job, reads `source` into it and lets it run. Raises InputError, StoreError."""
-    rows = _opened(read_requests(_plain(source), max_line_bytes=settings.max_line_bytes))
+    lines = _opened(read_requests(_plain(source), max_line_bytes=settings.max_line_bytes))
     job_model = canonical_model(wanted.model) if wanted.model else None
     job = store.jobs.create(replace(wanted, model=job_model))
-    default_model = canonical_model(settings.model)
-    models: set[str] = set()
-    num_rows = num_rejected = 0
-    last_report = time.monotonic()
-
-    def progress() -> IngestProgress:
-        return IngestProgress(
-            job=job, num_rows=num_rows, num_rejected=num_rejected, models=frozenset(models)
-        )
-
-    with store.ingest(job, shard_size=settings.shard_size, default_model=default_model) as ingest:
-        for parsed in rows:
-            num_rows += 1
-            if isinstance(parsed, Reject):
-                num_rejected += 1
-                ingest.add(_rejected(parsed))
-            else:
-                model = job_model or (canonical_model(parsed.model) if parsed.model else None)
-                models.add(model or default_model)
-                spec = parsed.spec
-                ingest.add(
-                    IngestRow(
-                        parsed.index,
-                        parsed.custom_id,
-                        model,
-                        encode_spec(spec),
-                        None,
-                        parsed.line,
-                        spec.endpoint,
-                    )
-                )
-            if on_progress and not num_rows % _LOOK_EVERY_ROWS:
-                now = time.monotonic()
-                if now - last_report >= _REPORT_EVERY_S:
-                    last_report = now
-                    on_progress(progress())
+    rows = _Rows(job, job_model, canonical_model(settings.model))
+    next_report = time.monotonic() + _REPORT_EVERY_S
+    with store.ingest(
+        job, shard_size=settings.shard_size, default_model=rows.default_model
+    ) as ingest:
+        for number, parsed in enumerate(lines, start=1):
+            ingest.add(rows.row(parsed))
+            if on_progress and not number % _LOOK_EVERY_ROWS and time.monotonic() >= next_report:
+                next_report = time.monotonic() + _REPORT_EVERY_S
+                on_progress(rows.progress())
     if on_progress:
-        on_progress(progress())
-    return job, progress()
+        on_progress(rows.progress(done=True))
+    return job, rows.progress(done=True)
 
 
-def _rejected(parsed: Reject) -> IngestRow:
-    return IngestRow(parsed.index, parsed.custom_id, None, None, parsed.error, parsed.line)
+class _Rows:
+    """Turns what the reader yields into rows for the store, and counts."""
+
+    def __init__(self, job: JobId, job_model: str | None, default_model: str) -> None:
+        self._job = job
+        self._job_model = job_model
+        self.default_model = default_model
+        self._models: set[str] = set()
+        self._num_rows = self._num_rejected = 0
+
+    def row(self, parsed: Parsed) -> IngestRow:
+        """The row of one line."""
+        self._num_rows += 1
+        index, line, custom_id = parsed.index, parsed.line, parsed.custom_id
+        if isinstance(parsed, Reject):
+            self._num_rejected += 1
+            return IngestRow(index, custom_id, None, None, parsed.error, line)
+        model, spec = self._job_model, parsed.spec
+        if model is None and parsed.model:
+            model = canonical_model(parsed.model)
+        self._models.add(model or self.default_model)
+        return IngestRow(index, custom_id, model, encode_spec(spec), None, line, spec.endpoint)
+
+    def progress(self, *, done: bool = False) -> IngestProgress:
+        """How far it has come."""
+        return IngestProgress(
+            job=self._job,
+            num_rows=self._num_rows,
+            num_rejected=self._num_rejected,
+            models=frozenset(self._models),
+            done=done,
+        )
 
 
 def _plain(source: Any) -> Any:

@@ -65,9 +65,6 @@ def run_and_exit(command: click.Command) -> NoReturn:
         code = _told(str(error), error.remedy, error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         code = _told("interrupted", None, INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left
-        code = OK
     except OSError as error:
         code = _told(str(error), None, 2)
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
@@ -77,11 +77,21 @@ def _with_first(first: Result, rest: Iterator[Result]) -> Iterator[Result]:
 
 def _open_output(name: str, *, whole: bool) -> Any:
     if name == "-":
-        return nullcontext(sys.stdout.buffer)
+        return _stdout()
     path = Path(name)
     if whole and (path.is_file() or not path.exists()) and not path.is_symlink():
         return _whole_file(path)
     return path.open("wb")
+
+
+@contextmanager
+def _stdout() -> Iterator[BinaryIO]:
+    """Stdout; a reader that leaves (`| head`) is no error and ends the writing."""
+    try:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class LineProgress:
     def ingest(self, progress: IngestProgress) -> None:
         """See ProgressDisplay."""
         rejected = f", {progress.num_rejected:,} rejected" if progress.num_rejected else ""
-        self._line(f"{progress.num_rows:,} requests read{rejected}", final=False)
+        self._line(f"{progress.num_rows:,} requests read{rejected}", final=progress.done)
 
     def job(self, view: JobView) -> None:
         """See ProgressDisplay."""
