@@ -17,6 +17,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from pdbatch.errors import ConfigError, StoreError, UnknownJob
 from pdbatch.ids import JobId
 from pdbatch.store.dialects import Dialect, Postgres, Sqlite
+from pdbatch.store.idsets import is_in
 from pdbatch.store.models import JOBS
 
 T = TypeVar("T")
@@ -110,7 +111,7 @@ class Database:
         found = {no: job for no, job in cached.items() if job is not None}
         unknown = cached.keys() - found.keys()
         if unknown:
-            wanted = self.dialect.is_in(JOBS.c.no, unknown)
+            wanted = is_in(JOBS.c.no, unknown)
             for no, job in conn.execute(select(JOBS.c.no, JOBS.c.id).where(wanted)):
                 self._remember(job, no)
                 found[no] = job

@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from sqlalchemy import (
-    ARRAY,
     URL,
-    BigInteger,
-    ColumnElement,
     Connection,
     Engine,
-    any_,
-    bindparam,
     create_engine,
     event,
-    func,
-    select,
 )
 
 BUSY_TIMEOUT_S = 30
@@ -54,12 +47,12 @@ class Dialect(Protocol):
         """Seconds since the epoch."""
         ...
 
-    def is_in(self, what: ColumnElement[Any], ids: Collection[int]) -> ColumnElement[bool]:
-        """`what IN (ids)` for any number of ids, as one parameter."""
-        ...
-
     def insert_requests(self, conn: Connection, rows: Sequence[RequestTuple]) -> None:
         """All of them, or none; they must be new."""
+        ...
+
+    def insert_holds(self, conn: Connection, requests: Sequence[int], worker: str) -> None:
+        """All of them; they must be free."""
         ...
 
     def insert_results(self, conn: Connection, rows: Sequence[ResultTuple]) -> set[int]:
@@ -87,13 +80,13 @@ class Sqlite:
     def now(self, conn: Connection) -> float:
         return time.time()
 
-    def is_in(self, what: ColumnElement[Any], ids: Collection[int]) -> ColumnElement[bool]:
-        values = func.json_each(json.dumps(list(ids))).table_valued("value")
-        return what.in_(select(values.c.value))
-
     def insert_requests(self, conn: Connection, rows: Sequence[RequestTuple]) -> None:
         sql = f"INSERT INTO requests ({_REQUEST_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
         conn.exec_driver_sql(sql, list(rows))
+
+    def insert_holds(self, conn: Connection, requests: Sequence[int], worker: str) -> None:
+        sql = "INSERT INTO holds (id, worker_id, taken_at) SELECT value, ?, ? FROM json_each(?)"
+        conn.exec_driver_sql(sql, (worker, self.now(conn), json.dumps(requests)))
 
     def insert_results(self, conn: Connection, rows: Sequence[ResultTuple]) -> set[int]:
         # Nobody else writes between these two statements.
@@ -143,28 +136,28 @@ class Postgres:
         sql = "SELECT extract(epoch FROM clock_timestamp())::float8"
         return float(conn.exec_driver_sql(sql).scalar_one())
 
-    def is_in(self, what: ColumnElement[Any], ids: Collection[int]) -> ColumnElement[bool]:
-        array = bindparam(None, list(ids), type_=ARRAY(BigInteger), unique=True)
-        return what == any_(array)
-
     def insert_requests(self, conn: Connection, rows: Sequence[RequestTuple]) -> None:
-        driver: Any = conn.connection.driver_connection
-        with (
-            driver.cursor() as cursor,
-            cursor.copy(f"COPY requests ({_REQUEST_COLUMNS}) FROM STDIN (FORMAT BINARY)") as copy,
-        ):
-            copy.set_types(["int8", "int8", "int4", "int4", "text", "text", "bytea"])
-            for row in rows:
-                copy.write_row(row)
+        types = ["int8", "int8", "int4", "int4", "text", "text", "bytea"]
+        _copy(conn, f"requests ({_REQUEST_COLUMNS})", types, rows)
+
+    def insert_holds(self, conn: Connection, requests: Sequence[int], worker: str) -> None:
+        sql = (
+            "INSERT INTO holds (id, worker_id, taken_at) SELECT unnest(%s::int8[]), %s,"
+            " extract(epoch FROM clock_timestamp())"
+        )
+        conn.exec_driver_sql(sql, (list(requests), worker))
 
     def insert_results(self, conn: Connection, rows: Sequence[ResultTuple]) -> set[int]:
-        sql = (
-            f"INSERT INTO results ({_RESULT_COLUMNS}) SELECT * FROM unnest(%s::int8[], %s::text[],"
-            " %s::int4[], %s::int4[], %s::int4[], %s::text[], %s::float8[], %s::text[],"
-            " %s::bytea[]) ON CONFLICT (id) DO NOTHING RETURNING id"
-        )
-        columns = tuple(list(values) for values in zip(*rows, strict=True))
-        return {row[0] for row in conn.exec_driver_sql(sql, columns)}
+        # Nobody else writes rows of these shards: the caller holds their locks. (Were it not so,
+        # the key is unique, and the transaction would run again.)
+        ids = [row[0] for row in rows]
+        known = conn.exec_driver_sql("SELECT id FROM results WHERE id = ANY (%s)", (ids,))
+        old = {row[0] for row in known}
+        new = [row for row in rows if row[0] not in old]
+        if new:
+            types = ["int8", "text", "int4", "int4", "int4", "text", "float8", "text", "bytea"]
+            _copy(conn, f"results ({_RESULT_COLUMNS})", types, new)
+        return {row[0] for row in new}
 
     def is_transient(self, error: BaseException) -> bool:
         if getattr(error, "connection_invalidated", False):
@@ -174,6 +167,14 @@ class Postgres:
         if state is None:  # no server to talk to, or no longer
             return type(cause).__name__ in ("OperationalError", "InterfaceError")
         return state in _TRANSIENT_STATES or state.startswith("08")
+
+
+def _copy(conn: Connection, into: str, types: list[str], rows: Sequence[Sequence[Any]]) -> None:
+    driver: Any = conn.connection.driver_connection
+    with driver.cursor() as cursor, cursor.copy(f"COPY {into} FROM STDIN (FORMAT BINARY)") as copy:
+        copy.set_types(types)
+        for row in rows:
+            copy.write_row(row)
 
 
 _TRANSIENT_STATES = frozenset(

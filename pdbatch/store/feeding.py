@@ -16,6 +16,7 @@ from sqlalchemy import exists as sql_exists
 
 from pdbatch.states import JobState, ShardState
 from pdbatch.store.database import Database
+from pdbatch.store.idsets import is_in
 from pdbatch.store.keys import job_no_of, shard_index_of
 from pdbatch.store.models import JOBS, SHARDS
 from pdbatch.store.rows import QueueDepth, ShardMessage
@@ -68,7 +69,7 @@ def take(
     ids = [id_ for id_, _ in chosen]
     queued_at = db.dialect.now(conn) if now is None else now
     values = {"state": str(ShardState.QUEUED), "queued_at": queued_at}
-    conn.execute(update(SHARDS).where(db.dialect.is_in(SHARDS.c.id, ids)).values(values))
+    conn.execute(update(SHARDS).where(is_in(SHARDS.c.id, ids)).values(values))
     jobs = db.job_ids(conn, {job_no_of(id_) for id_ in ids})
     return [
         ShardMessage(jobs[job_no_of(id_)], shard_index_of(id_), attempt) for id_, attempt in chosen
@@ -137,5 +138,5 @@ def requeue(db: Database, conn: Connection, queued_before: float, model: str, pr
     ids = conn.execute(query).scalars().all()
     if ids:
         values = {"state": str(ShardState.PENDING), "queued_at": None}
-        conn.execute(update(SHARDS).where(db.dialect.is_in(SHARDS.c.id, ids)).values(values))
+        conn.execute(update(SHARDS).where(is_in(SHARDS.c.id, ids)).values(values))
     return len(ids)

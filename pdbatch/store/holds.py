@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, select
 
 from pdbatch.ids import JobId, RequestIndex, WorkerId
 from pdbatch.states import AttemptState, ShardState
 from pdbatch.store import ledger
 from pdbatch.store.database import Database
+from pdbatch.store.idsets import is_in
 from pdbatch.store.keys import row_id
 from pdbatch.store.models import HOLDS, RESULTS
 from pdbatch.store.rows import Key
 
 DONE = "done"
 """Stands for the owner of a request that has its row."""
+_HOLDERS = select(HOLDS.c.id, HOLDS.c.worker_id).where(is_in(HOLDS.c.id, "ids"))
+_DONE = select(RESULTS.c.id).where(is_in(RESULTS.c.id, "ids"))
 
 
 class Holds:
@@ -36,14 +39,12 @@ class Holds:
             wanted = self._by_id(conn, keys)
             if not wanted or not ledger.worker_lives(conn, worker):
                 return set()
-            shards = ledger.shards_of(self._db, conn, wanted)
-            ledger.lock_shards(self._db, conn, set(shards.values()))
+            shards = ledger.shards_of(conn, wanted)
+            ledger.lock_shards(conn, set(shards.values()))
             done, holders = self._done_and_holders(conn, wanted)
             free = [id_ for id_ in sorted(shards) if id_ not in done and id_ not in holders]
             if free:
-                now = self._db.dialect.now(conn)
-                rows = [{"id": id_, "worker_id": worker, "taken_at": now} for id_ in free]
-                conn.execute(insert(HOLDS), rows)
+                self._db.dialect.insert_holds(conn, free, worker)
             mine = [id_ for id_, holder in holders.items() if holder == worker]
             return {wanted[id_] for id_ in (*free, *mine)}
 
@@ -63,15 +64,13 @@ class Holds:
 
         def run(conn: Connection) -> set[Key]:
             wanted = self._by_id(conn, keys)
-            shards = ledger.shards_of(self._db, conn, wanted)
-            ledger.lock_shards(self._db, conn, set(shards.values()))
-            mine = delete(HOLDS).where(
-                self._db.dialect.is_in(HOLDS.c.id, wanted), HOLDS.c.worker_id == worker
-            )
+            shards = ledger.shards_of(conn, wanted)
+            ledger.lock_shards(conn, set(shards.values()))
+            mine = delete(HOLDS).where(is_in(HOLDS.c.id, wanted), HOLDS.c.worker_id == worker)
             dropped = list(conn.execute(mine.returning(HOLDS.c.id)).scalars())
             if failed:
                 ledger.count_loss(self._db, conn, dropped, self._max_attempts)
-            locked = ledger.lock_shards(self._db, conn, {shards[id_] for id_ in dropped})
+            locked = ledger.lock_shards(conn, {shards[id_] for id_ in dropped})
             orphans = [row for row in locked.values() if row.state is ShardState.HANDED_OFF]
             ended_as = AttemptState.LOST if failed else AttemptState.GIVEN_BACK
             ledger.put_back(self._db, conn, orphans, ended_as)
@@ -99,8 +98,5 @@ class Holds:
     def _done_and_holders(
         self, conn: Connection, ids: Collection[int]
     ) -> tuple[set[int], dict[int, str]]:
-        is_in = self._db.dialect.is_in
-        held = select(HOLDS.c.id, HOLDS.c.worker_id).where(is_in(HOLDS.c.id, ids))
-        holders = {row.id: row.worker_id for row in conn.execute(held)}
-        done = select(RESULTS.c.id).where(is_in(RESULTS.c.id, ids))
-        return set(conn.execute(done).scalars()), holders
+        holders = {row[0]: row[1] for row in conn.execute(_HOLDERS, {"ids": ids})}
+        return set(conn.execute(_DONE, {"ids": ids}).scalars()), holders

@@ -15,6 +15,7 @@ from pdbatch.states import JobState, ResultStatus
 from pdbatch.store import ledger
 from pdbatch.store.chunk import Chunk, OpenShard, write_chunk
 from pdbatch.store.database import Database
+from pdbatch.store.idsets import is_in
 from pdbatch.store.jobs import Jobs
 from pdbatch.store.keys import MAX_INDEX, job_range, request_index_of, row_id
 from pdbatch.store.models import JOBS, REQUESTS
@@ -138,7 +139,7 @@ class Ingest:
         return array("q", conn.execute(query).scalars())
 
     def _reject(self, conn: Connection, ids: list[int]) -> None:
-        query = select(REQUESTS).where(self._db.dialect.is_in(REQUESTS.c.id, ids))
+        query = select(REQUESTS).where(is_in(REQUESTS.c.id, ids))
         rows = []
         for row in conn.execute(query.order_by(REQUESTS.c.id)):
             error = RequestError(

@@ -19,6 +19,7 @@ from pdbatch.request import RequestError
 from pdbatch.states import TERMINAL_JOB_STATES, JobState, ShardState, check_job_move
 from pdbatch.store import ledger
 from pdbatch.store.database import Database
+from pdbatch.store.idsets import is_in
 from pdbatch.store.jobviews import view_jobs
 from pdbatch.store.keys import job_range
 from pdbatch.store.models import JOBS, REQUESTS, SHARDS
@@ -200,10 +201,10 @@ class Jobs:
             )
             ids = conn.execute(query.order_by(SHARDS.c.id).limit(_SHARDS_AT_ONCE)).scalars().all()
             if ids:
-                ledger.lock_shards(self._db, conn, ids)
-                requests = self._db.dialect.is_in(REQUESTS.c.shard_id, ids)
+                ledger.lock_shards(conn, ids)
+                requests = is_in(REQUESTS.c.shard_id, ids)
                 ledger.end_requests(self._db, conn, requests, ending_error(noted.ending, noted[1]))
-                self._finish_rejected(conn, self._db.dialect.is_in(SHARDS.c.id, ids))
+                self._finish_rejected(conn, is_in(SHARDS.c.id, ids))
                 return None
             ledger.finish_jobs(self._db, conn, {no})
             return JobState(conn.execute(select(JOBS.c.state).where(JOBS.c.no == no)).scalar_one())

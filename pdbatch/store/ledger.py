@@ -32,6 +32,7 @@ from pdbatch.states import (
 )
 from pdbatch.store.database import Database
 from pdbatch.store.dialects import ResultTuple
+from pdbatch.store.idsets import is_in
 from pdbatch.store.keys import job_no_of, request_index_of
 from pdbatch.store.models import ATTEMPTS, HOLDS, JOBS, REQUESTS, RESULTS, SHARDS, WORKERS
 
@@ -84,18 +85,13 @@ class ShardRow(msgspec.Struct, frozen=True):
 # --- locks
 
 
-def worker_lives(conn: Connection, worker: WorkerId) -> bool:
-    """True when `worker` is live, and it stays so until this transaction ends."""
-    query = select(WORKERS.c.state).where(WORKERS.c.id == worker)
-    state = conn.execute(query.with_for_update(read=True, key_share=True)).scalar_one_or_none()
-    return bool(state == "live")
-
-
-def lock_shards(db: Database, conn: Connection, ids: Collection[int]) -> dict[int, ShardRow]:
-    """The shards' rows, locked until this transaction ends."""
-    if not ids:
-        return {}
-    query = select(
+_STATE_OF_WORKER = (
+    select(WORKERS.c.state)
+    .where(WORKERS.c.id == bindparam("worker"))
+    .with_for_update(read=True, key_share=True)
+)
+_SHARDS = (
+    select(
         SHARDS.c.id,
         SHARDS.c.state,
         SHARDS.c.attempt,
@@ -104,16 +100,32 @@ def lock_shards(db: Database, conn: Connection, ids: Collection[int]) -> dict[in
         SHARDS.c.model,
         SHARDS.c.num_requests,
         (SHARDS.c.num_succeeded + SHARDS.c.num_rejected + SHARDS.c.num_failed).label("num_done"),
-    ).where(db.dialect.is_in(SHARDS.c.id, ids))
-    locked = conn.execute(query.order_by(SHARDS.c.id).with_for_update(key_share=True))
-    return {row.id: ShardRow(row.id, ShardState(row.state), *row[2:]) for row in locked}
+    )
+    .where(is_in(SHARDS.c.id, "ids"))
+    .order_by(SHARDS.c.id)
+    .with_for_update(key_share=True)
+)
+_SHARDS_OF = select(REQUESTS.c.id, REQUESTS.c.shard_id).where(is_in(REQUESTS.c.id, "ids"))
 
 
-def shards_of(db: Database, conn: Connection, requests: Collection[int]) -> dict[int, int]:
+def worker_lives(conn: Connection, worker: WorkerId) -> bool:
+    """True when `worker` is live, and it stays so until this transaction ends."""
+    state = conn.execute(_STATE_OF_WORKER, {"worker": worker}).scalar_one_or_none()
+    return bool(state == "live")
+
+
+def lock_shards(conn: Connection, ids: Collection[int]) -> dict[int, ShardRow]:
+    """The shards' rows, locked until this transaction ends."""
+    if not ids:
+        return {}
+    found = conn.execute(_SHARDS, {"ids": ids})
+    return {row[0]: ShardRow(row[0], ShardState(row[1]), *row[2:]) for row in found}
+
+
+def shards_of(conn: Connection, requests: Collection[int]) -> dict[int, int]:
     """The shard of each request that there is."""
-    wanted = db.dialect.is_in(REQUESTS.c.id, requests)
-    found = conn.execute(select(REQUESTS.c.id, REQUESTS.c.shard_id).where(wanted))
-    return {row.id: row.shard_id for row in found}
+    found = conn.execute(_SHARDS_OF, {"ids": requests})
+    return {row[0]: row[1] for row in found}
 
 
 # --- questions
@@ -129,14 +141,16 @@ def without_holder() -> ColumnElement[bool]:
     return ~sql_exists().where(HOLDS.c.id == REQUESTS.c.id)
 
 
-def unheld_requests(db: Database, conn: Connection, shards: Collection[int]) -> list[int]:
+def unheld_requests(conn: Connection, shards: Collection[int]) -> list[int]:
     """Requests of these shards with neither a row nor a holder."""
     if not shards:
         return []
-    query = select(REQUESTS.c.id).where(
-        db.dialect.is_in(REQUESTS.c.shard_id, shards), without_row(), without_holder()
-    )
-    return list(conn.execute(query).scalars())
+    return list(conn.execute(_UNHELD, {"shards": shards}).scalars())
+
+
+_UNHELD = select(REQUESTS.c.id).where(
+    is_in(REQUESTS.c.shard_id, "shards"), without_row(), without_holder()
+)
 
 
 # --- rows
@@ -151,13 +165,13 @@ def write_rows(
     ordered = [by_id[id_] for id_ in sorted(by_id)]
     if not ordered:
         return 0
-    shards = lock_shards(db, conn, {row.shard_id for row in ordered})
+    shards = lock_shards(conn, {row.shard_id for row in ordered})
     now = db.dialect.now(conn)
     new = db.dialect.insert_results(conn, [result_tuple(row, now, worker) for row in ordered])
     fresh = [row for row in ordered if row.id in new]
     if not fresh:
         return 0
-    conn.execute(delete(HOLDS).where(db.dialect.is_in(HOLDS.c.id, new)))
+    conn.execute(_END_HOLDS, {"ids": new})
     added = _sums(fresh)
     done = [
         id_
@@ -171,6 +185,7 @@ def write_rows(
     return len(fresh)
 
 
+_END_HOLDS = delete(HOLDS).where(is_in(HOLDS.c.id, "ids"))
 _ADD_COUNTERS = (
     update(SHARDS)
     .where(SHARDS.c.id == bindparam("key"))
@@ -249,16 +264,14 @@ def _finish_shards(db: Database, conn: Connection, shards: Sequence[ShardRow], n
         check_shard_move(shard.state, ShardState.DONE)
     ids = [shard.id for shard in shards]
     done = {"state": str(ShardState.DONE), "claimed_by": None, "finished_at": now}
-    conn.execute(update(SHARDS).where(db.dialect.is_in(SHARDS.c.id, ids)).values(done))
+    conn.execute(update(SHARDS).where(is_in(SHARDS.c.id, ids)).values(done))
     _end_attempts(db, conn, ids, AttemptState.SUCCEEDED, now)
 
 
 def _end_attempts(
     db: Database, conn: Connection, shards: Collection[int], state: AttemptState, now: float
 ) -> None:
-    running = and_(
-        db.dialect.is_in(ATTEMPTS.c.shard_id, shards), ATTEMPTS.c.state == AttemptState.RUNNING
-    )
+    running = and_(is_in(ATTEMPTS.c.shard_id, shards), ATTEMPTS.c.state == AttemptState.RUNNING)
     conn.execute(update(ATTEMPTS).where(running).values(state=str(state), ended_at=now))
 
 
@@ -303,7 +316,7 @@ def put_back(
         "claim_token": None,
         "queued_at": None,
     }
-    conn.execute(update(SHARDS).where(db.dialect.is_in(SHARDS.c.id, ids)).values(pending))
+    conn.execute(update(SHARDS).where(is_in(SHARDS.c.id, ids)).values(pending))
     _end_attempts(db, conn, ids, ended_as, db.dialect.now(conn))
 
 
@@ -316,7 +329,7 @@ def count_loss(
         return
     counted = conn.execute(
         update(REQUESTS)
-        .where(db.dialect.is_in(REQUESTS.c.id, requests))
+        .where(is_in(REQUESTS.c.id, requests))
         .values(num_retries=REQUESTS.c.num_retries + 1)
         .returning(REQUESTS.c.id, REQUESTS.c.num_retries)
     )
@@ -327,4 +340,4 @@ def count_loss(
             message=f"Its worker was lost {max_attempts} times, so it was given up; "
             "see the workers' logs, then submit it again.",
         )
-        end_requests(db, conn, db.dialect.is_in(REQUESTS.c.id, spent), error)
+        end_requests(db, conn, is_in(REQUESTS.c.id, spent), error)

@@ -62,7 +62,7 @@ class Results:
     def _terminal(self, conn: Connection, rows: Sequence[ResultRow]) -> list[ledger.Terminal]:
         numbers = {job: self._db.job_no(conn, job) for job in {row.job for row in rows}}
         ids = [row_id(numbers[row.job], row.index) for row in rows]
-        shards = ledger.shards_of(self._db, conn, ids)
+        shards = ledger.shards_of(conn, ids)
         terminal = []
         for id_, row in zip(ids, rows, strict=True):
             if id_ not in shards:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from pdbatch.ids import JobId, ShardIndex, WorkerId
 from pdbatch.states import AttemptState, JobState, ShardState, check_shard_move
@@ -83,12 +83,11 @@ class Shards:
 
     def _find(self, conn: Connection, job_no: int, shard: int) -> ShardRow | None:
         id_ = row_id(job_no, shard)
-        return ledger.lock_shards(self._db, conn, [id_]).get(id_)
+        return ledger.lock_shards(conn, [id_]).get(id_)
 
     def _note_claim(self, conn: Connection, shard: ShardRow, worker: WorkerId, token: str) -> None:
         check_shard_move(shard.state, ShardState.CLAIMED)
-        claimed = {"state": str(ShardState.CLAIMED), "claimed_by": worker, "claim_token": token}
-        conn.execute(update(SHARDS).where(SHARDS.c.id == shard.id).values(claimed))
+        conn.execute(_CLAIM, {"shard": shard.id, "worker": worker, "token": token})
         attempt = {
             "shard_id": shard.id,
             "attempt": shard.attempt,
@@ -96,13 +95,10 @@ class Shards:
             "state": str(AttemptState.RUNNING),
             "started_at": self._db.dialect.now(conn),
         }
-        conn.execute(insert(ATTEMPTS).values(attempt))
+        conn.execute(insert(ATTEMPTS), attempt)
 
     def _left_to_run(self, conn: Connection, shard_id: int) -> list[ClaimedRequest]:
-        query = select(REQUESTS.c.id, REQUESTS.c.body, REQUESTS.c.num_retries).where(
-            REQUESTS.c.shard_id == shard_id, ledger.without_row(), ledger.without_holder()
-        )
-        rows = conn.execute(query.order_by(REQUESTS.c.id))
+        rows = conn.execute(_LEFT_TO_RUN, {"shard": shard_id}).all()
         return [ClaimedRequest(request_index_of(id_), body, tries) for id_, body, tries in rows]
 
     def _hand_over(self, conn: Connection, shard_id: int, old: ShardState) -> None:
@@ -123,7 +119,7 @@ class Shards:
                 return False
             if found.state is not ShardState.CLAIMED or found.claimed_by != worker:
                 return found.state in (ShardState.HANDED_OFF, ShardState.DONE)
-            if ledger.unheld_requests(self._db, conn, [found.id]):
+            if ledger.unheld_requests(conn, [found.id]):
                 ledger.put_back(self._db, conn, [found], AttemptState.GIVEN_BACK)
                 return False
             self._hand_over(conn, found.id, found.state)
@@ -149,7 +145,7 @@ class Shards:
             if found is None or found.attempt != attempt or found.claimed_by != worker:
                 return False
             if failed:
-                lost = ledger.unheld_requests(self._db, conn, [found.id])
+                lost = ledger.unheld_requests(conn, [found.id])
                 ledger.count_loss(self._db, conn, lost, self._max_attempts)
                 found = self._find(conn, no, shard)
             if found is not None and found.state is ShardState.CLAIMED:
@@ -174,7 +170,23 @@ class Shards:
 
 def _priority_in_progress(conn: Connection, job_no: int) -> int | None:
     """The job's priority, or None where the job is over or being ended."""
-    query = select(JOBS.c.priority).where(
-        JOBS.c.no == job_no, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.ending.is_(None)
+    return conn.execute(_PRIORITY, {"no": job_no}).scalar_one_or_none()
+
+
+_PRIORITY = select(JOBS.c.priority).where(
+    JOBS.c.no == bindparam("no"), JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.ending.is_(None)
+)
+_CLAIM = (
+    update(SHARDS)
+    .where(SHARDS.c.id == bindparam("shard"))
+    .values(
+        state=str(ShardState.CLAIMED),
+        claimed_by=bindparam("worker"),
+        claim_token=bindparam("token"),
     )
-    return conn.execute(query).scalar_one_or_none()
+)
+_LEFT_TO_RUN = (
+    select(REQUESTS.c.id, REQUESTS.c.body, REQUESTS.c.num_retries)
+    .where(REQUESTS.c.shard_id == bindparam("shard"), ledger.without_row(), ledger.without_holder())
+    .order_by(REQUESTS.c.id)
+)
