@@ -21,7 +21,9 @@ from pdbatch.engine.kvcache import PagedKVCache
 from pdbatch.engine.model_input import ModelInput
 
 _TILE = 128
-"""Queries of a chunk whose scores are held at once where they are computed here."""
+"""Queries of a chunk whose scores are held at once where no fused kernel serves."""
+_TILED_PAIRS = 16384
+"""Queries times keys from which tiles are faster than the fused kernel (half precision, CPU)."""
 
 
 class Workspace:
@@ -141,8 +143,7 @@ def attention(
     if softcap is None:
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling)
     else:
-        scores = torch.bmm(q, k.transpose(1, 2)).float() * (scaling / softcap)
-        scores = torch.tanh(scores) * softcap + mask
+        scores = _capped(q, k, scaling, softcap).add_(mask)
     return torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
 
 
@@ -154,24 +155,60 @@ def chunk_attention(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """One sequence's chunk, [H, G, q, D]; without a mask it is causal over itself."""
+    """One sequence's chunk, [H, G, q, D]; the keys end with the chunk's own.
+
+    Without a mask it is causal over itself alone. On a CPU, half precision has a fast product
+    but a slow fused kernel, so there larger chunks go tile by tile.
+    """
+    pairs = q_HGqD.shape[2] * k_HcD.shape[1]
+    slow = q_HGqD.device.type == "cpu" and q_HGqD.dtype != torch.float32
+    if softcap is not None or (slow and pairs >= _TILED_PAIRS):
+        return _tiled(q_HGqD, k_HcD, v_HcD, mask_qc, scaling, softcap)
     groups = q_HGqD.shape[1]
-    if softcap is None:
-        k, v = (x.unsqueeze(1).expand(-1, groups, -1, -1) for x in (k_HcD, v_HcD))
-        return F.scaled_dot_product_attention(
-            q_HGqD, k, v, attn_mask=mask_qc, is_causal=mask_qc is None, scale=scaling
-        )
-    queries = q_HGqD.shape[2]
-    if mask_qc is None:
-        full = torch.full((queries, queries), float("-inf"), device=q_HGqD.device)
-        mask_qc = full.triu_(1)
-    out = torch.empty_like(q_HGqD)
+    k, v = (x.unsqueeze(1).expand(-1, groups, -1, -1) for x in (k_HcD, v_HcD))
+    return F.scaled_dot_product_attention(
+        q_HGqD, k, v, attn_mask=mask_qc, is_causal=mask_qc is None, scale=scaling
+    )
+
+
+def _tiled(
+    q_HGqD: torch.Tensor,
+    k_HcD: torch.Tensor,
+    v_HcD: torch.Tensor,
+    mask_qc: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Some queries at a time against the keys that the last of them sees."""
+    k_HcD, v_HcD = k_HcD.contiguous(), v_HcD.contiguous()
+    queries, keys = q_HGqD.shape[2], k_HcD.shape[1]
+    out_HGqD = torch.empty_like(q_HGqD)
     for begin in range(0, queries, _TILE):
         q = q_HGqD[:, :, begin : begin + _TILE]
-        mask = mask_qc[begin : begin + _TILE].repeat(groups, 1)
-        part = attention(q.flatten(1, 2), k_HcD, v_HcD, mask, scaling, softcap)
-        out[:, :, begin : begin + _TILE] = part.view(q.shape)
-    return out
+        end = keys - queries + begin + q.shape[2]
+        k = k_HcD[:, :end]
+        if softcap is None:
+            scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).mul_(scaling)
+        else:
+            scores = _capped(q.flatten(1, 2), k, scaling, softcap)
+        tile = scores.view(*q.shape[:3], end)
+        if mask_qc is None:
+            tile[..., begin:].add_(_upper(q.shape[2], scores))
+        else:
+            tile.add_(mask_qc[begin : begin + _TILE, :end])
+        part = torch.bmm(torch.softmax(scores, -1).to(v_HcD.dtype), v_HcD[:, :end])
+        out_HGqD[:, :, begin : begin + _TILE] = part.view(q.shape)
+    return out_HGqD
+
+
+def _capped(q: torch.Tensor, k: torch.Tensor, scaling: float, softcap: float) -> torch.Tensor:
+    """float32 scores, softly held between -softcap and softcap."""
+    scores = torch.bmm(q, k.transpose(1, 2)).float()
+    return scores.mul_(scaling / softcap).tanh_().mul_(softcap)
+
+
+def _upper(size: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.full((size, size), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)
 
 
 def _rows(cache: PagedKVCache, slot_mapping_T: torch.Tensor) -> torch.Tensor:

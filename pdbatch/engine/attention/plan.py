@@ -19,6 +19,8 @@ from pdbatch.engine.model_input import ModelInput
 
 _WASTE_BLOCKS = 48
 """Padding blocks of a group that cost about as much as one group more (measured on a CPU)."""
+_GROUP_BYTES = 6 << 20
+"""K and V of one layer that a group gathers at most on a CPU: what is gathered stays in cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +92,33 @@ def _groups(batch: ModelInput, cache: PagedKVCache, window: int | None) -> list[
     first = [_first_block(n - 1, window, size) for n in lens]
     num_blocks = [-(-n // size) - f for n, f in zip(lens, first, strict=True)]
     order = sorted(range(len(lens)), key=lambda s: -num_blocks[s])
-    groups, begin, waste = [], 0, 0
-    for at in range(1, len(order) + 1):
-        if at < len(order):
-            waste += num_blocks[order[begin]] - num_blocks[order[at]]
-        if at == len(order) or waste > _WASTE_BLOCKS:
-            rows = sorted(order[begin:at]) if at - begin < len(order) else None
-            groups.append(_group(batch, cache, window, rows, first, num_blocks[order[begin]]))
-            begin, waste = at, 0
+    groups = []
+    for part in _cut(order, num_blocks, _most_blocks(cache)):
+        rows = sorted(part) if len(part) < len(order) else None
+        groups.append(_group(batch, cache, window, rows, first, num_blocks[part[0]]))
     return groups
+
+
+def _most_blocks(cache: PagedKVCache) -> int | None:
+    if cache.device.type != "cpu":
+        return None
+    return max(1, _GROUP_BYTES * cache.shape.num_layers // cache.shape.block_bytes)
+
+
+def _cut(order: list[int], num_blocks: list[int], most: int | None) -> list[list[int]]:
+    """Sequences in falling order of their blocks, cut where padding or memory gets too much."""
+    parts: list[list[int]] = []
+    waste = 0
+    for seq in order:
+        if parts:
+            longest = num_blocks[parts[-1][0]]
+            waste += longest - num_blocks[seq]
+            full = most is not None and (len(parts[-1]) + 1) * longest > most
+        if not parts or full or waste > _WASTE_BLOCKS:
+            parts.append([])
+            waste = 0
+        parts[-1].append(seq)
+    return parts
 
 
 def _group(
