@@ -1,1 +1,75 @@
-"""TODO"""
+"""kvxfer: move KV caches between engines, and prove that the right bytes arrived.
+
+A producer pins blocks and describes them, a registry says who offers what, a consumer claims,
+pulls and proves. See README.md. Importing it loads the standard library alone.
+"""
+
+from __future__ import annotations
+
+from kvxfer.consumer import KVConsumer, PullStats
+from kvxfer.descriptor import KVDescriptor, token_hash
+from kvxfer.errors import (
+    AccessDenied,
+    BadDescriptor,
+    ChecksumMismatch,
+    KVTransferError,
+    KVUsageError,
+    LayoutMismatch,
+    NoTransport,
+    PeerLost,
+    PoolExhausted,
+    ProofFailed,
+    RegistryUnavailable,
+    Revoked,
+    StaleEpoch,
+    StaleGeneration,
+    TokenMismatch,
+    TransferTimeout,
+    TransportError,
+)
+from kvxfer.layout import KVLayout
+from kvxfer.memory_registry import MemoryRegistry
+from kvxfer.producer import KVProducer
+from kvxfer.redis_registry import RedisRegistry
+from kvxfer.region import Region
+from kvxfer.registry import Claim, Ended, Publication, Registry
+from kvxfer.transports import MemTransport, ShmTransport, TcpTransport
+from kvxfer.transports.base import Stamp, Transport
+
+__all__ = [
+    "AccessDenied",
+    "BadDescriptor",
+    "ChecksumMismatch",
+    "Claim",
+    "Ended",
+    "KVConsumer",
+    "KVDescriptor",
+    "KVLayout",
+    "KVProducer",
+    "KVTransferError",
+    "KVUsageError",
+    "LayoutMismatch",
+    "MemTransport",
+    "MemoryRegistry",
+    "NoTransport",
+    "PeerLost",
+    "PoolExhausted",
+    "ProofFailed",
+    "Publication",
+    "PullStats",
+    "RedisRegistry",
+    "Region",
+    "Registry",
+    "RegistryUnavailable",
+    "Revoked",
+    "ShmTransport",
+    "StaleEpoch",
+    "StaleGeneration",
+    "Stamp",
+    "TcpTransport",
+    "TokenMismatch",
+    "TransferTimeout",
+    "Transport",
+    "TransportError",
+    "token_hash",
+]

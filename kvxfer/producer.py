@@ -1,0 +1,98 @@
+"""The end that has the KV: pins blocks, describes them, lets them go.
+
+From `pin` to `unpin` (or `reset`) the blocks belong to the producer: nobody may write to them or
+give them away. Called by the engine's thread; the descriptors travel to readers by other means.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from kvxfer.descriptor import KVDescriptor, token_hash
+from kvxfer.errors import KVUsageError
+from kvxfer.layout import KVLayout
+from kvxfer.region import Region
+from kvxfer.transports.base import Address, Transport
+
+
+class KVProducer:
+    """Pins blocks of one region. `producer` is the worker's life, `host` its machine."""
+
+    def __init__(
+        self,
+        region: Region,
+        transports: Sequence[Transport],
+        *,
+        layout: KVLayout,
+        producer: str,
+        host: str,
+        epoch: int = 0,
+    ) -> None:
+        if region.block_bytes != layout.block_bytes:
+            raise KVUsageError(f"blocks of {region.block_bytes}, layout of {layout.block_bytes}")
+        self.region, self.layout = region, layout
+        self.producer, self.host = producer, host
+        region.epoch = epoch
+        self._transports = list(transports)
+        self.endpoints: dict[str, Address] = {t.name: t.serve(region) for t in self._transports}
+        self._pinned: dict[str, tuple[int, ...]] = {}
+        self._lock = threading.Lock()
+
+    def pin(
+        self,
+        handoff_id: str,
+        block_ids: Sequence[int],
+        token_ids: Sequence[int],
+        payload: bytes = b"",
+    ) -> KVDescriptor:
+        """The blocks hold the KV of `token_ids`, the last one perhaps in part. Raises KVUsageError
+        for an id that is pinned already or for too few blocks."""
+        blocks = tuple(block_ids)
+        if len(blocks) * self.layout.block_size < len(token_ids):
+            raise KVUsageError(f"{len(blocks)} blocks cannot hold {len(token_ids)} tokens")
+        with self._lock:
+            if handoff_id in self._pinned:
+                raise KVUsageError(f"{handoff_id} is pinned already")
+            self._pinned[handoff_id] = blocks
+        return KVDescriptor(
+            id=handoff_id,
+            producer=self.producer,
+            host=self.host,
+            epoch=self.region.epoch,
+            layout=self.layout.fingerprint,
+            block_ids=blocks,
+            generations=tuple(self.region.stamps(blocks)),
+            num_tokens=len(token_ids),
+            token_hash=token_hash(token_ids),
+            num_bytes=len(blocks) * self.layout.block_bytes,
+            endpoints=self.endpoints,
+            payload=payload,
+            created_at=time.time(),
+        )
+
+    def unpin(self, handoff_id: str) -> tuple[int, ...]:
+        """The blocks are the caller's again; () for an id that is not pinned."""
+        with self._lock:
+            return self._pinned.pop(handoff_id, ())
+
+    def reset(self, epoch: int) -> list[tuple[int, ...]]:
+        """A new life: every descriptor given out before is stale from now on. Returns all blocks
+        that were pinned."""
+        with self._lock:
+            self.region.epoch = epoch
+            freed = list(self._pinned.values())
+            self._pinned.clear()
+        self.region.bump(block for blocks in freed for block in blocks)
+        return freed
+
+    @property
+    def num_pinned(self) -> int:
+        """Hand-offs that are pinned."""
+        return len(self._pinned)
+
+    def close(self) -> None:
+        """Stop serving; the region stays the caller's."""
+        for transport in self._transports:
+            transport.close()

@@ -1,0 +1,128 @@
+"""The registry in Redis (6.2 or newer) or Valkey: Lua scripts, one call for many items.
+
+The caller brings the client (`redis.Redis`, with `decode_responses=False`); nothing here imports
+redis. Time is the server's, so hosts need not agree on theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, groupby
+from typing import Any, Final
+
+from kvxfer import lua
+from kvxfer.errors import RegistryUnavailable
+from kvxfer.registry import Claim, Ended, Publication
+
+_SEP: Final = "\t"
+
+
+class RedisRegistry:
+    """`kvxfer.registry.Registry` under `namespace`. Safe to share among threads."""
+
+    def __init__(self, client: Any, namespace: str) -> None:
+        self._client = client
+        self._ns = f"{{{namespace}}}"
+        self._keys = [f"{self._ns}:{k}" for k in ("d", "m", "lease", "claim", "ready", "seq")]
+        self._scripts = {
+            name: client.register_script(getattr(lua, name))
+            for name in (
+                *("PUBLISH", "CLAIM", "RENEW", "END"),
+                *("RENEW_PUBLISHED", "WITHDRAW", "MISSING", "SWEEP"),
+            )
+        }
+
+    def publish(self, items: Sequence[Publication], lease_s: float) -> None:
+        """See `Registry`."""
+        for (producer, host), group in groupby(items, lambda item: (item.producer, item.host)):
+            rest = chain.from_iterable((i.id, i.num_bytes, i.descriptor) for i in group)
+            self._run("PUBLISH", f"own:{host}", _ms(lease_s), producer, host, *rest)
+
+    def claim(
+        self, consumer: str, host: str, max_count: int, max_bytes: int, lease_s: float
+    ) -> list[Claim]:
+        """See `Registry`."""
+        if max_count < 1:
+            return []
+        found = self._run("CLAIM", f"own:{host}", _ms(lease_s), max_count, max(0, max_bytes))
+        triples = zip(found[::3], found[1::3], found[2::3], strict=True)
+        return [Claim(_text(id_), int(fence), descriptor) for id_, fence, descriptor in triples]
+
+    def renew(self, claims: Iterable[tuple[str, int]], lease_s: float) -> list[str]:
+        """See `Registry`."""
+        flat = list(chain.from_iterable(claims))
+        return [_text(i) for i in self._run("RENEW", "seq", _ms(lease_s), *flat)] if flat else []
+
+    def release(self, claims: Iterable[tuple[str, int]]) -> list[str]:
+        """See `Registry`."""
+        return self._end(claims, "released", "")
+
+    def fail(self, claims: Iterable[tuple[str, int]], reason: str) -> list[str]:
+        """See `Registry`."""
+        return self._end(claims, "failed", reason.replace(_SEP, " "))
+
+    def collect(self, producer: str, timeout_s: float) -> list[Ended]:
+        """See `Registry`. Waits in Redis, so it wakes at once."""
+        key = f"{self._ns}:ended:{producer}"
+        more = self._call(lambda: self._client.lpop(key, 512))
+        if not more and timeout_s > 0:
+            first = self._call(lambda: self._client.blpop([key], timeout=timeout_s))
+            if not first:
+                return []
+            more = [first[1], *(self._call(lambda: self._client.lpop(key, 511)) or ())]
+        parts = (_text(entry).split(_SEP, 2) for entry in more or ())
+        return [Ended(id_, kind, reason) for id_, kind, reason in parts]  # type: ignore[arg-type]
+
+    def renew_published(self, producer: str, ids: Iterable[str], lease_s: float) -> list[str]:
+        """See `Registry`."""
+        wanted = list(ids)
+        if not wanted:
+            return []
+        unknown = self._run("RENEW_PUBLISHED", f"ended:{producer}", _ms(lease_s), *wanted)
+        return [_text(i) for i in unknown]
+
+    def withdraw(self, producer: str, ids: Iterable[str]) -> None:
+        """See `Registry`."""
+        if wanted := list(ids):
+            self._run("WITHDRAW", f"ended:{producer}", *wanted)
+
+    def missing(self, producer: str, ids: Iterable[str]) -> list[str]:
+        """See `Registry`."""
+        wanted = list(ids)
+        return (
+            [_text(i) for i in self._run("MISSING", f"ended:{producer}", *wanted)] if wanted else []
+        )
+
+    def sweep(self) -> int:
+        """See `Registry`."""
+        return int(self._run("SWEEP", "seq"))
+
+    def depth(self) -> int:
+        """See `Registry`."""
+        return int(self._call(lambda: self._client.zcard(self._keys[4])))
+
+    def _end(self, claims: Iterable[tuple[str, int]], kind: str, reason: str) -> list[str]:
+        flat = list(chain.from_iterable(claims))
+        return [_text(i) for i in self._run("END", "seq", kind, reason, *flat)] if flat else []
+
+    def _run(self, name: str, last_key: str, *args: Any) -> Any:
+        keys = [*self._keys, f"{self._ns}:{last_key}"]
+        return self._call(lambda: self._scripts[name](keys=keys, args=args))
+
+    def _call(self, work: Any) -> Any:
+        try:
+            return work()
+        except Exception as error:
+            if type(error).__module__.split(".")[0] in ("redis", "valkey") or isinstance(
+                error, OSError
+            ):
+                raise RegistryUnavailable(f"{type(error).__name__}: {error}") from error
+            raise
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,117 @@
+"""The memory that KV blocks lie in, with what proves that a block is still the same.
+
+    | header, one page: magic, epoch, blocks, block bytes, state | generations, 8 bytes a block | blocks |
+
+The owner raises a block's generation *before* it writes other content into the block, and raises
+the epoch when a new life begins. A reader copies first and looks at both afterwards: equal numbers
+prove that no byte it copied was overwritten meanwhile (the idea of a seqlock).
+
+A shared region is a memfd: a peer of the same user maps it through `/proc/<pid>/fd/<n>`. It has no
+name in any file system, so a killed owner leaves nothing behind once its readers let go.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Sequence
+
+from kvxfer.errors import KVUsageError
+
+MAGIC = 0x4B56_5846_4552_0001
+PAGE_BYTES = 4096
+_HEADER = struct.Struct("<QQQQQ")  # magic, epoch, num_blocks, block_bytes, 1 while open
+_EPOCH, _OPEN = 1, 4
+
+
+def data_offset(num_blocks: int) -> int:
+    """Where the blocks begin: after the header and the generations, on a page."""
+    return PAGE_BYTES + -(-num_blocks * 8 // PAGE_BYTES) * PAGE_BYTES
+
+
+class Region:
+    """`num_blocks` blocks of `block_bytes` bytes. The owner closes it; readers have views.
+
+    `buffer` are the blocks alone (writable), `generations` one unsigned 64-bit number a block.
+    Raises KVUsageError for impossible sizes.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_bytes: int, *, epoch: int = 0, shared: bool = True
+    ) -> None:
+        if num_blocks < 1 or block_bytes < 1:
+            raise KVUsageError(f"a region of {num_blocks} blocks of {block_bytes} bytes")
+        self.id = secrets.token_hex(8)
+        self.num_blocks, self.block_bytes = num_blocks, block_bytes
+        size = data_offset(num_blocks) + num_blocks * block_bytes
+        self.fd = os.memfd_create(f"kvxfer-{self.id}", os.MFD_CLOEXEC) if shared else -1
+        if shared:
+            os.ftruncate(self.fd, size)
+        self._attach(mmap.mmap(self.fd, size))
+        _HEADER.pack_into(self._map, 0, MAGIC, epoch, num_blocks, block_bytes, 1)
+
+    def _attach(self, mapped: mmap.mmap) -> None:
+        self._map = mapped
+        view = memoryview(mapped)
+        self._head = view[: _HEADER.size].cast("Q")
+        self.generations = view[PAGE_BYTES : PAGE_BYTES + 8 * self.num_blocks].cast("Q")
+        self.buffer = view[data_offset(self.num_blocks) :]
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+
+    @property
+    def epoch(self) -> int:
+        """The owner's life."""
+        return int(self._head[_EPOCH])
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._head[_EPOCH] = value
+
+    @property
+    def open(self) -> bool:
+        """False once the owner revoked the region."""
+        return bool(self._head[_OPEN])
+
+    def revoke(self) -> None:
+        """No transport gives these bytes out any more."""
+        self._head[_OPEN] = 0
+
+    def bump(self, block_ids: Iterable[int]) -> None:
+        """These blocks are about to hold other content. Call before the first write."""
+        generations = self.generations
+        for block in block_ids:
+            generations[block] += 1
+
+    def stamps(self, block_ids: Sequence[int]) -> list[int]:
+        """The generations of these blocks now."""
+        generations = self.generations
+        return [generations[block] for block in block_ids]
+
+    def block(self, block_id: int) -> memoryview:
+        """The bytes of one block."""
+        start = block_id * self.block_bytes
+        return self.buffer[start : start + self.block_bytes]
+
+    def close(self) -> None:
+        """Revoke it and give the memory back; views that others still have keep it mapped."""
+        if self._map is None:
+            return
+        self.revoke()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def runs(src: Sequence[int], dst: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first source, first destination, count) of neighbours on both sides, in order."""
+    found: list[tuple[int, int, int]] = []
+    for s, d in zip(src, dst, strict=True):
+        if found and found[-1][0] + found[-1][2] == s and found[-1][1] + found[-1][2] == d:
+            first_s, first_d, count = found[-1]
+            found[-1] = (first_s, first_d, count + 1)
+        else:
+            found.append((s, d, 1))
+    return found

@@ -1,0 +1,89 @@
+"""Who offers which KV, and who has claimed it: the contract, beside which a Redis and an in-memory one stand.
+
+A life of one publication:
+
+    publish ─► ready ─claim─► claimed ─release─► ended (released)
+                 ▲               │─fail────────► ended (failed)
+                 └──── the claim's lease expires
+    ready or claimed ─ the publication's lease expires ─► ended (expired)
+
+Ended ones lie in a list for their producer until it collects them. A claim carries a fence: after
+its lease expired, or another claimed, release, fail and renew of the old owner are refused.
+A registry may be emptied at any moment: unknown ids are refused or `missing`, never an error.
+Every method may raise RegistryUnavailable; calling again is safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+EndKind = Literal["released", "failed", "expired"]
+
+
+class Publication(NamedTuple):
+    """What the registry must know of one descriptor."""
+
+    id: str
+    producer: str
+    host: str
+    num_bytes: int
+    descriptor: bytes
+    """Opaque here."""
+
+
+class Claim(NamedTuple):
+    """An exclusive right that expires."""
+
+    id: str
+    fence: int
+    descriptor: bytes
+
+
+class Ended(NamedTuple):
+    """News for a producer: these blocks may be unpinned, or must be thought over."""
+
+    id: str
+    kind: EndKind
+    reason: str
+
+
+class Registry(Protocol):
+    """See the module. All durations are seconds."""
+
+    def publish(self, items: Sequence[Publication], lease_s: float) -> None:
+        """Offer these; one that is there already stays as it is (its lease is renewed)."""
+
+    def claim(
+        self, consumer: str, host: str, max_count: int, max_bytes: int, lease_s: float
+    ) -> list[Claim]:
+        """The oldest of the own host first, then of others, within the budget of bytes.
+
+        The first is given even if it alone is above the budget."""
+
+    def renew(self, claims: Iterable[tuple[str, int]], lease_s: float) -> list[str]:
+        """Keep (id, fence) claims alive; returns the ids that are lost."""
+
+    def release(self, claims: Iterable[tuple[str, int]]) -> list[str]:
+        """The KV is here and proved: the producer may unpin. Returns the ids refused."""
+
+    def fail(self, claims: Iterable[tuple[str, int]], reason: str) -> list[str]:
+        """The KV could not be had: the producer must think again. Returns the ids refused."""
+
+    def collect(self, producer: str, timeout_s: float) -> list[Ended]:
+        """What ended; waits up to `timeout_s` for the first. Given once."""
+
+    def renew_published(self, producer: str, ids: Iterable[str], lease_s: float) -> list[str]:
+        """Keep publications alive; returns the ids that the registry does not know."""
+
+    def withdraw(self, producer: str, ids: Iterable[str]) -> None:
+        """Forget these; claims on them are lost."""
+
+    def missing(self, producer: str, ids: Iterable[str]) -> list[str]:
+        """Those of `ids` that are neither published nor in the ended list."""
+
+    def sweep(self) -> int:
+        """Expire what is due; returns how many. Anybody may call it; claim does so too."""
+
+    def depth(self) -> int:
+        """How many are ready."""

@@ -1,0 +1,53 @@
+"""The contract of a transport.
+
+Producer's side: `serve(region)` once for each region, at start; it returns an address (JSON-able)
+that goes into every descriptor. From then on readers come without further calls. `close` stops that;
+it does not close the region.
+
+Consumer's side: `reaches` is asked before each read and must be cheap and offline. `read` copies
+blocks and *afterwards* fetches epoch and generations; it is called from several threads at once. The
+destination blocks belong to the call until it returns or raises; what they hold after it raised is
+undefined. Every failure is a `TransportError`; nothing is retried here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from kvxfer.region import Region
+
+Address = Mapping[str, Any]
+
+
+class Stamp(NamedTuple):
+    """What the producer's side said after the last byte was copied."""
+
+    epoch: int
+    generations: list[int]
+    """Of the source blocks, in the order asked for."""
+
+
+class Transport(Protocol):
+    """One way for KV to move. See the module for who calls what when."""
+
+    name: str
+
+    def serve(self, region: Region) -> Address:
+        """Let the region be read; returns the address for descriptors."""
+
+    def reaches(self, address: Address, host: str) -> bool:
+        """Whether an address of a producer on `host` can be read from here."""
+
+    def read(
+        self,
+        address: Address,
+        src_blocks: Sequence[int],
+        destination: Region,
+        dst_blocks: Sequence[int],
+        timeout_s: float,
+    ) -> Stamp:
+        """Copy whole blocks. Raises TransportError and its kinds within about `timeout_s`."""
+
+    def close(self) -> None:
+        """Stop serving, let go of what was opened at peers. Idempotent."""
