@@ -48,7 +48,9 @@ def test_every_state_has_its_row_of_moves_and_others_are_refused() -> None:
     ],
 )
 def test_imports_stay_light(module: str, unloaded: set[str]) -> None:
-    code = f"import sys, {module}; print(' '.join(m for m in {sorted(unloaded)} if m in sys.modules))"
+    code = (
+        f"import sys, {module}; print(' '.join(m for m in {sorted(unloaded)} if m in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

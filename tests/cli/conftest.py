@@ -34,10 +34,10 @@ def client(settings: Settings) -> Iterator[Client]:
 class PlayedWorker:
     """Claims shards of the default model and answers them, without engine and queue."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, name: str = "played") -> None:
         self._store = Store.open(settings.database_url)
         self._model = settings.model
-        self.worker = self._store.workers.register("played", "here", "mixed", self._model)
+        self.worker = self._store.workers.register(name, "here", "mixed", self._model)
 
     def work(self, answer: Answer = lambda index: f"answer {index}", shards: int = 1000) -> int:
         """Answers up to so many shards; returns how many there were."""
