@@ -38,6 +38,10 @@ class _IsIn(FunctionElement[bool]):
     type = Boolean()
     inherit_cache = True
 
+    def self_group(self, against: Any = None) -> _IsIn:
+        """Itself: a condition as it is. (`= 1` behind it would hide the index from SQLite.)"""
+        return self
+
 
 @compiles(_IsIn, "postgresql")
 def _in_array(element: _IsIn, compiler: SQLCompiler, **options: Any) -> str:
