@@ -22,7 +22,7 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
         "type": click.Choice(["prefill", "decode", "mixed"]),
         "help": "What the worker does (mixed: both).",
     },
-    "device": {"metavar": "D", "help": "auto, cpu, cuda:0, …"},
+    "device": {"metavar": "D", "help": "auto, cpu, cuda:0, … (run: several, with commas)."},
     "dtype": {"metavar": "T", "help": "auto, float32, bfloat16, float16."},
     "kv_transport": {"metavar": "NAMES", "help": "Ways for KV to move, best first: shm,tcp."},
     "shard_size": {"metavar": "N", "help": "Requests in one message (64)."},

@@ -133,7 +133,7 @@ def _work_alone(client: Client, job: Job, plan: _Plan, progress: ProgressDisplay
     view = job.status()
     if view.state in TERMINAL_JOB_STATES:  # every line was wrong
         return view
-    plans = plan_workers(job.models, plan.prefill, plan.decode)
+    plans = plan_workers(job.models, plan.prefill, plan.decode, client.settings.device)
     note_other_jobs(client, job.id)
     progress.say(f"starting {len(plans)} workers; logs in {client.settings.logs}")
     try:

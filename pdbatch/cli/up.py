@@ -24,14 +24,19 @@ def up(procfile: str | None, stop_s: float, settings: Settings) -> None:
 
     One that ends is started again, after 0.5 s at first and up to 30 s later on.
     """
+    from dataclasses import replace
+
     from pdbatch.local.database import prepare
-    from pdbatch.local.processes import child_env
+    from pdbatch.local.processes import child_env, threads_each
     from pdbatch.local.procfile import procfile_specs, read_procfile
     from pdbatch.local.supervisor import Supervisor
     from pdbatch.queues import check_redis
 
     text, where = _procfile(procfile)
-    specs = procfile_specs(read_procfile(text, where), child_env(settings))
+    commands = read_procfile(text, where)
+    workers = sum("pdbatch worker" in command for command in commands.values())
+    shared = replace(settings, worker_threads=settings.worker_threads or threads_each(workers))
+    specs = procfile_specs(commands, child_env(shared))
     if settings.broker_url:
         check_redis(settings.broker_url)
     prepare(settings)

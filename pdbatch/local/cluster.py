@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 
@@ -28,6 +29,7 @@ from pdbatch.local.processes import (
     child_env,
     reconciler_argv,
     redis_process,
+    threads_each,
     worker_argv,
     worker_env,
 )
@@ -48,13 +50,16 @@ class WorkerPlan:
     log_name: str
     role: Role
     model: str
+    device: str
 
 
-def plan_workers(models: Iterable[str], prefill: int, decode: int) -> list[WorkerPlan]:
+def plan_workers(
+    models: Iterable[str], prefill: int, decode: int, devices: str = "auto"
+) -> list[WorkerPlan]:
     """The workers for these models: `prefill` and `decode` of each for every model.
 
-    Without decode workers, those of prefill do both (`mixed`). Raises ConfigError for a plan
-    that can do no work.
+    Without decode workers, those of prefill do both (`mixed`). `devices` may name several, with
+    commas; the workers take them in turn. Raises ConfigError for a plan that can do no work.
     """
     if prefill < 1 or decode < 0:
         raise ConfigError(
@@ -63,13 +68,15 @@ def plan_workers(models: Iterable[str], prefill: int, decode: int) -> list[Worke
         )
     first: Role = "prefill" if decode else "mixed"
     roles: list[Role] = [first] * prefill + ["decode"] * decode
+    turn = cycle([device.strip() for device in devices.split(",")])
     plans: list[WorkerPlan] = []
     for model_number, model in enumerate(sorted(models), start=1):
         for number, role in enumerate(roles):
             ordinal = roles[: number + 1].count(role)
             suffix = f"-m{model_number}" if model_number > 1 else ""
             log_name = f"{role}-{ordinal}{suffix}"
-            plans.append(WorkerPlan(f"{log_name}-{os.getpid()}", log_name, role, model))
+            name = f"{log_name}-{os.getpid()}"
+            plans.append(WorkerPlan(name, log_name, role, model, next(turn)))
     return plans
 
 
@@ -84,7 +91,7 @@ class LocalCluster:
         self.settings = replace(
             settings,
             broker_url=socket_url(self._redis_socket),
-            worker_threads=settings.worker_threads or _threads_each(len(plans)),
+            worker_threads=settings.worker_threads or threads_each(len(plans)),
         )
         self.supervisor = Supervisor([])
 
@@ -163,15 +170,18 @@ class LocalCluster:
         )
 
     def _worker(self, plan: WorkerPlan) -> ProcessSpec:
-        settings = replace(self.settings, worker_name=plan.name, role=plan.role, model=plan.model)
+        sharing = sum(other.device == plan.device for other in self._plans.values())
+        settings = replace(
+            self.settings,
+            worker_name=plan.name,
+            role=plan.role,
+            model=plan.model,
+            device=plan.device,
+            gpu_memory_utilization=self.settings.gpu_memory_utilization / sharing,
+        )
         return ProcessSpec(
             name=plan.name,
             argv=worker_argv(settings),
             env=worker_env(settings),
             log=self.settings.logs / f"{plan.log_name}.log",
         )
-
-
-def _threads_each(workers: int) -> int:
-    """The processor's cores, shared out."""
-    return max(1, (os.cpu_count() or 1) // max(1, workers))

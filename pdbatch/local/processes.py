@@ -82,3 +82,8 @@ def with_broker(settings: Settings) -> Settings:
     if settings.broker_url:
         return settings
     return replace(settings, broker_url=settings.embedded_broker_url)
+
+
+def threads_each(workers: int) -> int:
+    """torch's threads for each of so many workers: the processor's cores, shared out."""
+    return max(1, (os.cpu_count() or 1) // max(1, workers))

@@ -63,6 +63,8 @@ def test_plans() -> None:
     ]
     assert len({p.name for p in plans}) == len({p.log_name for p in plans}) == 6
     assert [p.role for p in plan_workers({"a"}, prefill=1, decode=0)] == ["mixed"]
+    devices = [p.device for p in plan_workers({"a"}, 2, 1, devices="cuda:0, cuda:1")]
+    assert devices == ["cuda:0", "cuda:1", "cuda:0"]
     with pytest.raises(ConfigError, match="can do no work"):
         plan_workers({"a"}, prefill=0, decode=3)
 
