@@ -130,7 +130,11 @@ class Postgres:
         self._url = url
 
     def engine(self) -> Engine:
-        return create_engine(self._url, pool_pre_ping=True, pool_size=5, max_overflow=20)
+        # A plan that is kept from when the tables were small reads them whole when they are not.
+        url = self._url
+        if "options" not in url.query:
+            url = url.update_query_dict({"options": "-c plan_cache_mode=force_custom_plan"})
+        return create_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=20)
 
     def now(self, conn: Connection) -> float:
         sql = "SELECT extract(epoch FROM clock_timestamp())::float8"

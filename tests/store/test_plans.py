@@ -1,0 +1,33 @@
+"""No hot statement reads a whole table."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import ClauseElement, create_engine
+from sqlalchemy.dialects import sqlite
+
+from pdbatch.store import holds, ledger, results, shards
+from pdbatch.store.database import parse_url
+
+HOT: dict[str, ClauseElement] = {
+    "lock shards": ledger._SHARDS,
+    "shards of requests": ledger._SHARDS_OF,
+    "unheld requests": ledger._UNHELD,
+    "end holds": ledger._END_HOLDS,
+    "count": ledger._ADD_COUNTERS,
+    "holders": holds._HOLDERS,
+    "rows": holds._DONE,
+    "left to run": shards._LEFT_TO_RUN,
+    "results in order": results._QUERY.where(results.RESULTS.c.id > 1).limit(9),
+}
+
+
+@pytest.mark.parametrize("name", HOT)
+def test_hot_statements_use_indexes(sqlite_store_url: str, name: str) -> None:
+    sql = str(HOT[name].compile(dialect=sqlite.dialect(), compile_kwargs={"render_postcompile": 1}))
+    engine = create_engine(parse_url(sqlite_store_url))
+    with engine.connect() as conn:
+        plan = conn.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", (1,) * sql.count("?"))
+        steps = [row[3] for row in plan]
+    engine.dispose()
+    assert [step for step in steps if step.startswith("SCAN") and "json_each" not in step] == []
