@@ -85,7 +85,7 @@ return 1
 """
 )
 
-# ARGV: lease ms, most, bytes. Returns id, fence, descriptor, …
+# ARGV: lease ms, most, bytes. Returns id, fence, bytes, descriptor, …
 CLAIM = (
     _COMMON
     + """
@@ -93,8 +93,8 @@ sweep()
 local most, room, found = tonumber(ARGV[2]), tonumber(ARGV[3]), {}
 for pass = 1, 2 do
   local set = pass == 1 and KEYS[7] or READY
-  while #found / 3 < most do
-    local ids = redis.call('ZRANGE', set, 0, math.min(63, most - #found / 3 - 1))
+  while #found / 4 < most do
+    local ids = redis.call('ZRANGE', set, 0, math.min(63, most - #found / 4 - 1))
     if #ids == 0 then break end
     local full = false
     for _, id in ipairs(ids) do
@@ -113,6 +113,7 @@ for pass = 1, 2 do
         redis.call('ZADD', CLAIM, now + ARGV[1], id)
         found[#found + 1] = id
         found[#found + 1] = m.fence
+        found[#found + 1] = m.bytes
         found[#found + 1] = redis.call('HGET', D, id)
       end
     end

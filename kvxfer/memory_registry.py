@@ -51,7 +51,7 @@ class MemoryRegistry:
                 max_bytes -= entry.item.num_bytes
                 self._fence += 1
                 entry.fence, entry.claim_until = self._fence, self._clock() + lease_s
-                claims.append(Claim(entry.item.id, entry.fence, entry.item.descriptor))
+                claims.append(Claim(*_claimed(entry)))
             return claims
 
     def renew(self, claims: Iterable[tuple[str, int]], lease_s: float) -> list[str]:
@@ -153,3 +153,7 @@ class MemoryRegistry:
         if count:
             self._news.notify_all()
         return count
+
+
+def _claimed(entry: _Entry) -> tuple[str, int, int, bytes]:
+    return entry.item.id, entry.fence, entry.item.num_bytes, entry.item.descriptor

@@ -45,8 +45,8 @@ class RedisRegistry:
         if max_count < 1:
             return []
         found = self._run("CLAIM", f"own:{host}", _ms(lease_s), max_count, max(0, max_bytes))
-        triples = zip(found[::3], found[1::3], found[2::3], strict=True)
-        return [Claim(_text(id_), int(fence), descriptor) for id_, fence, descriptor in triples]
+        rows = zip(found[::4], found[1::4], found[2::4], found[3::4], strict=True)
+        return [Claim(_text(i), int(fence), int(size), desc) for i, fence, size, desc in rows]
 
     def renew(self, claims: Iterable[tuple[str, int]], lease_s: float) -> list[str]:
         """See `Registry`."""

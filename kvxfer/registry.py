@@ -37,6 +37,7 @@ class Claim(NamedTuple):
 
     id: str
     fence: int
+    num_bytes: int
     descriptor: bytes
 
 
