@@ -1,0 +1,418 @@
+"""The main process of a worker, without Celery.
+
+1. `start`: the engine's process is started; it loads the model and says `Ready`. Not before that
+   is the worker registered, and its loops begin.
+2. Prefill and mixed: `submit_shard` claims a shard in SQL (in a thread of its own) and gives its
+   requests to the engine. Decode: `Claims` takes hand-offs from the registry.
+3. Events of the engine: finished requests go to the writer, prefilled ones to `Offers`.
+4. A shard is over when its last request left; whoever submitted it is told then.
+5. Fenced (`Life`): everything is dropped, a new life begins.
+6. The engine's end is the worker's: what it answered for is given back as lost, and the
+   process exits with `EXIT_ENGINE_DIED`; the supervisor starts a fresh one.
+7. `drain`: nothing new; what runs may end within the deadline; the rest is given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from pdbatch.engine.handoff import Registry, open_registry
+
+from pdbatch.config import Settings
+from pdbatch.engine import messages as msg
+from pdbatch.engine.ipc import ChannelClosed
+from pdbatch.engine.spawn import EngineProcess
+from pdbatch.errors import EngineDied, EngineError, PdbatchError
+from pdbatch.formats import decode_spec
+from pdbatch.ids import JobId, RequestKey, ShardIndex, request_key, split_key
+from pdbatch.local.processes import worker_name
+from pdbatch.queues import connect
+from pdbatch.request import RequestError, RequestOutput
+from pdbatch.states import TERMINAL_JOB_STATES, JobState
+from pdbatch.store import ClaimedShard, Store
+from tasks.worker.claims import Claims
+from tasks.worker.engine_config import engine_config, max_seqs
+from tasks.worker.life import Life
+from tasks.worker.loop import Loop
+from tasks.worker.offers import Offers
+from tasks.worker.open_shards import OpenShard, OpenShards
+from tasks.worker.room import Room
+from tasks.worker.writer import ResultWriter
+
+logger = logging.getLogger(__name__)
+
+EXIT_ENGINE_DIED = 70
+CLAIM_AHEAD = 1.5
+"""Hand-offs claimed for each sequence that can run: the next ones come while these run."""
+WATCH_EVERY_S = 2.0
+
+Over = Callable[[], None]
+
+
+class WorkerCore:
+    """See the module. Raises from `start` what kept the engine from starting."""
+
+    def __init__(self, settings: Settings, store: Store | None = None) -> None:
+        self.settings = settings
+        self.name = worker_name(settings)
+        self.host = socket.gethostname()
+        self.store = store or Store.open(settings.database_url, max_attempts=settings.max_attempts)
+        self.shards = OpenShards()
+        self.stats: msg.Stats | None = None
+        self.offers: Offers | None = None
+        self.claims: Claims | None = None
+        self._wanted: queue.SimpleQueue[tuple[JobId, ShardIndex, int, Over]] = queue.SimpleQueue()
+        self._over: queue.SimpleQueue[tuple[OpenShard, Over]] = queue.SimpleQueue()
+        self._draining = False
+        self._dying = threading.Lock()
+        self._drained = threading.Event()
+        self._loops: list[Loop] = []
+
+    # --- start
+
+    def start(self) -> None:
+        """Start the engine and wait until it is ready; then take part."""
+        config = engine_config(self.settings, worker=self.name, host=self.host)
+        self.engine = EngineProcess.start(config)
+        self.info = self._await_ready()
+        self.writer = ResultWriter(
+            self.store,
+            lambda: self.life.id,
+            self._on_written,
+            self.die,
+            group_size=self.settings.result_group_size,
+            group_ms=self.settings.result_group_ms,
+        )
+        self.life = Life(
+            self.store,
+            self.settings,
+            self.info,
+            name=self.name,
+            host=self.host,
+            stats=self.figures,
+            on_fenced=self._on_fenced,
+            on_bug=self.die,
+        )
+        self._send(msg.Reset(self.life.epoch))
+        self._open_registry()
+        self._loops = [
+            Loop("claims of shards", self._claim_shard, self.die),
+            Loop("ends of shards", self._end_shard, self.die),
+            Loop("watch", self._watch, self.die),
+        ]
+        for loop in self._loops:
+            loop.start()
+        threading.Thread(target=self._read, name="pdbatch-engine", daemon=True).start()
+        self.life.begin()
+        logger.info(
+            "%s serves %s as %s on %s",
+            self.life.id,
+            self.info.model,
+            self.info.role,
+            self.info.device,
+        )
+
+    def _await_ready(self) -> msg.EngineInfo:
+        while True:
+            event = self.engine.channel.receive()
+            if isinstance(event, msg.Ready):
+                return event.info
+            if isinstance(event, msg.Fatal):
+                self.engine.close()
+                raise EngineError(f"{event.error}: {event.message}")
+
+    def _open_registry(self) -> None:
+        if self.settings.role == "mixed":
+            return
+        assert self.settings.broker_url, "a worker has a broker"
+        registry: Registry = open_registry(
+            connect(self.settings.broker_url), self.settings.model, self.info.layout
+        )
+        if self.settings.role == "prefill":
+            self.offers = Offers(
+                registry,
+                self.store,
+                worker=lambda: self.life.id,
+                host=self.host,
+                lease_s=self.settings.kv_lease_s,
+                unpin=lambda ids: self._send(msg.Unpin(ids)),
+                on_left=self.shards.leave,
+                on_failed=self._run_again,
+                on_bug=self.die,
+            )
+            return
+        places = int(CLAIM_AHEAD * max_seqs(self.settings, self.info.device))
+        self.room = Room(self.info, places)
+        self.claims = Claims(
+            registry,
+            self.store,
+            self.room,
+            worker=lambda: self.life.id,
+            host=self.host,
+            lease_s=self.settings.claim_lease_s,
+            claim_bytes=self.settings.claim_bytes,
+            may_claim=lambda: not (self._draining or self.writer.is_full),
+            adopt=self._send,
+            on_bug=self.die,
+        )
+
+    # --- work in
+
+    def submit_shard(self, job: str, shard: int, attempt: int, on_over: Over) -> None:
+        """Claim it and run what is left of it. `on_over` is called once, from some thread: when
+        all its requests have left, or at once where the claim is refused."""
+        self._wanted.put((JobId(job), ShardIndex(shard), attempt, on_over))
+
+    def cancel_shard(self, job: str, shard: int) -> None:
+        """Rows `batch_cancelled` for what has none; its requests are dropped here."""
+        self.store.shards.cancel(JobId(job), shard)
+        if found := self.shards.find(job, shard):
+            self._drop(found)
+
+    def _claim_shard(self) -> float:
+        if self.writer.is_full:
+            return 0.1
+        try:
+            job, shard, attempt, on_over = self._wanted.get(timeout=0.5)
+        except queue.Empty:
+            return 0.0
+        if self._draining:
+            on_over()
+            return 0.0
+        try:
+            claimed = self.store.shards.claim(self.life.id, job, shard, attempt)
+        except PdbatchError:
+            self._wanted.put((job, shard, attempt, on_over))
+            raise
+        if claimed is None:
+            on_over()
+            return 0.0
+        self._submit(claimed, on_over)
+        return 0.0
+
+    def _submit(self, claimed: ClaimedShard, on_over: Over) -> None:
+        requests: list[msg.EngineRequest] = []
+        broken: list[RequestOutput] = []
+        keys: dict[RequestKey, msg.EngineRequest] = {}
+        for request in claimed.requests:
+            key = request_key(claimed.job, request.index)
+            try:
+                spec = decode_spec(request.body)
+            except (msgspec.MsgspecError, ValueError) as error:
+                broken.append(RequestOutput(key=key, error=_unreadable(error)))
+                continue
+            keys[key] = msg.EngineRequest(key=key, spec=spec, priority=claimed.priority)
+            requests.append(keys[key])
+        left = keys | {RequestKey(o.key): _NOTHING for o in broken}
+        self.shards.add(
+            OpenShard(
+                job=claimed.job,
+                shard=claimed.shard,
+                attempt=claimed.attempt,
+                on_over=lambda shard: self._over.put((shard, on_over)),
+                left=left,
+            )
+        )
+        self.writer.put(broken)
+        if requests:
+            self._send(msg.Submit(requests))
+
+    def _end_shard(self) -> float:
+        try:
+            shard, on_over = self._over.get(timeout=0.5)
+        except queue.Empty:
+            return 0.0
+        if self.settings.role == "prefill":
+            try:
+                self.store.shards.hand_off(self.life.id, shard.job, shard.shard, shard.attempt)
+            except PdbatchError:
+                self._over.put((shard, on_over))
+                raise
+        on_over()
+        return 0.0
+
+    # --- events of the engine
+
+    def _read(self) -> None:
+        try:
+            while (event := self.engine.channel.receive()) is not None:
+                self._on_event(event)
+        except ChannelClosed as error:
+            if not self._drained.is_set():
+                self.die(EngineDied(str(error)))
+        except BaseException as error:
+            self.die(error)
+
+    def _on_event(self, event: msg.Event) -> None:
+        match event:
+            case msg.Finished(outputs):
+                self.writer.put(outputs)
+                if self.claims:
+                    for output in outputs:
+                        self.room.gone(output.key)
+                    self.claims.wake()
+            case msg.Prefilled(handoffs):
+                assert self.offers, "only a prefill engine hands off"
+                self.offers.take(handoffs)
+            case msg.Pulled(handoff_ids):
+                assert self.claims
+                self.claims.pulled(handoff_ids)
+            case msg.PullFailed():
+                assert self.claims
+                self.claims.failed(event)
+            case msg.Stats():
+                self.stats = event
+                if self.claims:
+                    self.room.update(event)
+                    self.claims.wake()
+            case msg.Drained():
+                self._drained.set()
+            case msg.Fatal(error, message):
+                raise EngineDied(f"{error}: {message}")
+            case msg.Ready():
+                pass
+
+    def _on_written(self, keys: list[str]) -> None:
+        self.shards.leave(keys)
+
+    def _run_again(self, key: str, reason: str) -> None:
+        found = self.shards.again(key)
+        if found is None:
+            return
+        request, failures = found
+        if failures < self.settings.max_attempts:
+            logger.info("%s is prefilled again: %s", key, reason)
+            self._send(msg.Submit([request]))
+            return
+        text = f"Its KV could not be handed over {failures} times; last: {reason}."
+        error = RequestError(code="batch_failed", message=text)
+        self.writer.put([RequestOutput(key=key, error=error)])
+
+    # --- signs of life, ends
+
+    def figures(self) -> dict[str, Any]:
+        """What this worker does now, for the database, Flower and people."""
+        found: dict[str, Any] = {}
+        if self.stats is not None:
+            found |= {f: getattr(self.stats, f) for f in self.stats.__struct_fields__}
+        found |= {"open_shards": len(self.shards), "rows_waiting": self.writer.num_waiting}
+        if self.offers is not None:
+            found["offered"] = len(self.offers)
+        if self.claims is not None:
+            found["claimed"] = len(self.claims)
+        return found
+
+    def _watch(self) -> float:
+        """Drop the work of jobs that ended otherwise (cancelled, expired)."""
+        jobs = self.shards.jobs()
+        keys = self.room.inside() if self.claims else []
+        held = {split_key(key)[0] for key in keys}
+        states = self.store.jobs.states(jobs | held) if jobs or held else {}
+        over = {job for job in jobs | held if states.get(job, JobState.FAILED) in _DROP}
+        for job in over & jobs:
+            for shard in self.shards.of_job(job):
+                self._drop(shard)
+        dropped = [key for key in keys if split_key(key)[0] in over]
+        if dropped:
+            self._send(msg.Abort(dropped))
+            for key in dropped:
+                self.room.gone(key)
+        return WATCH_EVERY_S
+
+    def _drop(self, shard: OpenShard) -> None:
+        keys = list(shard.left)
+        if self.offers:
+            self.offers.withdraw(keys)
+        self._send(msg.Abort(list(map(str, keys))))
+        self.shards.leave(keys)
+
+    def _on_fenced(self, epoch: int) -> None:
+        if self.offers:
+            self.offers.withdraw()
+        if self.claims:
+            self.claims.clear()
+            self.room.clear()
+        self._send(msg.Reset(epoch))
+        for shard in self.shards.clear():
+            shard.on_over(shard)  # not ours any more: its message is acknowledged
+
+    def drain(self, deadline_s: float) -> None:
+        """Take nothing new, end what runs within the deadline, give the rest back, leave."""
+        deadline = time.monotonic() + deadline_s
+        self._draining = True
+        if self.claims:
+            self.claims.stop_claiming()
+        self._send(msg.Drain())
+        self._drained.wait(max(0.0, deadline - time.monotonic()))
+        while self.offers and len(self.offers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.writer.flush(max(1.0, deadline - time.monotonic()))
+        self._drained.set()
+        try:
+            self.life.end()
+        except PdbatchError as error:
+            logger.warning("could not sign off; the reconciler will notice: %s", error)
+        self.close()
+
+    def close(self) -> None:
+        """End the engine and all loops."""
+        self._drained.set()
+        for part in (self.offers, self.claims, self.writer):
+            if part is not None:
+                part.stop()
+        for loop in self._loops:
+            loop.stop(timeout_s=1.0)
+        self.engine.close(timeout_s=5.0)
+        self.store.close()
+
+    def die(self, error: BaseException) -> None:
+        """The engine, or a part of us, failed: give back as lost, exit; never returns."""
+        if not self._dying.acquire(blocking=False):
+            threading.Event().wait()  # another thread is at it, and ends the process
+        logger.critical(
+            "%s ends: %s: %s",
+            self.name,
+            type(error).__name__,
+            error,
+            exc_info=None if isinstance(error, EngineDied) else error,
+        )
+        watchdog = threading.Timer(10.0, os._exit, (EXIT_ENGINE_DIED,))
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            self.writer.flush(3.0)
+            for shard in self.shards.clear():
+                self.store.shards.give_back(
+                    self.life.id, shard.job, shard.shard, shard.attempt, failed=True
+                )
+            if self.claims:
+                self.store.holds.drop(
+                    self.life.id, [split_key(key) for key in self.room.inside()], failed=True
+                )
+            self.store.workers.retire(self.life.id)
+        except Exception:
+            logger.exception("could not give the work back; the reconciler will")
+        finally:
+            os._exit(EXIT_ENGINE_DIED)
+
+    def _send(self, command: msg.Command) -> None:
+        self.engine.channel.send(command)
+
+
+_DROP = TERMINAL_JOB_STATES - {JobState.COMPLETED} | {JobState.CANCELLING}
+_NOTHING = msg.EngineRequest(key="", spec=decode_spec(b'{"prompt":""}'))
+
+
+def _unreadable(error: Exception) -> RequestError:
+    return RequestError(
+        code="batch_failed",
+        message=f"The stored request cannot be read: {error}; submit it again.",
+    )

@@ -1,0 +1,45 @@
+"""From a worker's settings to its engine's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pdbatch.config import Settings
+from pdbatch.engine.config import EngineConfig
+
+MOST_SEQS_GPU, MOST_SEQS_CPU = 256, 64
+
+
+def engine_config(settings: Settings, *, worker: str, host: str) -> EngineConfig:
+    """The engine of this worker. Raises ConfigError."""
+    config = EngineConfig(
+        model=settings.model,
+        home=str(settings.home),
+        role=settings.role,
+        device=settings.device,
+        dtype=settings.dtype,
+        block_size=settings.block_size,
+        num_blocks=settings.num_gpu_blocks,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        pinned_share=settings.pinned_share,
+        threads=settings.worker_threads,
+        listen_host=settings.listen_host,
+        secret=settings.cluster_secret(),
+        worker=worker,
+        host=host,
+        engine=settings.engine,
+    )
+    if settings.kv_transport != ("auto",):
+        config = replace(config, kv_transport=settings.kv_transport)
+    return config
+
+
+def max_seqs(settings: Settings, device: str) -> int:
+    """Sequences that run at once, as the engine decides it where nothing is set."""
+    default = MOST_SEQS_GPU if device.startswith("cuda") else MOST_SEQS_CPU
+    return settings.max_num_seqs or default
