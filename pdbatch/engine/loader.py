@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pdbatch.engine import gguf
+from pdbatch.engine import gguf, packing
 from pdbatch.engine.attention import hook
 from pdbatch.engine.tokenizer import Tokenizer
 from pdbatch.errors import ConfigError, ModelError
@@ -68,6 +68,8 @@ def load(model: str, home: str, device: str = "auto", dtype: str = "auto") -> Lo
     network.requires_grad_(False)
     vocab_size = int(network.get_output_embeddings().weight.shape[0])
     tokenizer = Tokenizer.load(folder, int(network.get_input_embeddings().weight.shape[0]))
+    if target.type == "cpu":
+        packing.pack(network, kind)
     return LoadedModel(
         model=network,
         config=text_config,

@@ -157,12 +157,23 @@ def _report(logprobs_RV: torch.Tensor, wanted: list[tuple[int, int]]) -> list[Sa
     """For each row the log-probabilities of (how many likeliest, the chosen token)."""
     chosen = torch.tensor([token for _, token in wanted], device=logprobs_RV.device)
     own = logprobs_RV.gather(1, chosen[:, None]).squeeze(1).tolist()
-    most = min(max(k for k, _ in wanted), logprobs_RV.shape[1])
-    best = logprobs_RV.topk(most, -1) if most else None
-    values = best.values.tolist() if best else [[]] * len(wanted)
-    ids = best.indices.tolist() if best else [[]] * len(wanted)
-    result = []
-    for row, (count, token) in enumerate(wanted):
-        top = tuple(zip(ids[row][:count], values[row][:count], strict=True))
-        result.append(SampledToken(token, own[row], top))
-    return result
+    best = _likeliest(logprobs_RV, max(k for k, _ in wanted))
+    return [
+        SampledToken(token, own[row], tuple(best[row][:count]))
+        for row, (count, token) in enumerate(wanted)
+    ]
+
+
+def _likeliest(values_RV: torch.Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """(token, value) of each row's `count` greatest or more, best first, equals by token id."""
+    best: list[list[tuple[int, float]]] = [[] for _ in range(values_RV.shape[0])]
+    if not count:
+        return best
+    last_R1 = values_RV.topk(min(count, values_RV.shape[1]), -1).values[:, -1:]
+    rows, tokens = (values_RV >= last_R1).nonzero(as_tuple=True)
+    found = values_RV[rows, tokens].tolist()
+    for row, token, value in zip(rows.tolist(), tokens.tolist(), found, strict=True):
+        best[row].append((token, value))
+    for row_best in best:
+        row_best.sort(key=lambda item: (-item[1], item[0]))
+    return best

@@ -16,6 +16,8 @@ from pdbatch.request import RequestSpec
 
 _CONTEXT_TOKENS = 5
 """Prompt tokens that a detokenizer looks back at: enough for any leading space to be right."""
+_MOST_CONTEXT_TOKENS = 16
+"""How far it looks back for the beginning of a character."""
 _HELD_TOKENS = 12
 """Tokens after which an incomplete character is taken for what it is: broken bytes."""
 
@@ -37,10 +39,13 @@ class Detokenizer:
 
     def __init__(self, backend: Any, prompt_token_ids: Sequence[int]) -> None:
         self._backend = backend
-        self._ids = list(prompt_token_ids[-_CONTEXT_TOKENS:])
         self._begin = 0
-        self._end = len(self._ids)
-        self._shown = self._decode(0, self._end)
+        for context in range(_CONTEXT_TOKENS, _MOST_CONTEXT_TOKENS):
+            self._ids = list(prompt_token_ids[-context:])
+            self._end = len(self._ids)
+            self._shown = self._decode(0, self._end)
+            if "\ufffd" not in self._shown or context >= len(prompt_token_ids):
+                break  # else the context begins within a character
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take the next tokens; the text that is now settled (often one token's, may be "")."""
