@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -102,9 +102,9 @@ class Client:
         """The handle of a job by its id. Raises UnknownJob."""
         return Job(self, self.status(job).id)
 
-    def jobs(self, limit: int = 50) -> list[JobView]:
-        """The newest jobs first."""
-        return self._store.jobs.list(limit)
+    def jobs(self, limit: int = 50, states: Collection[JobState] | None = None) -> list[JobView]:
+        """The newest jobs first; of these states only, where some are given."""
+        return self._store.jobs.list(limit, states)
 
     def status(self, job: Job | JobId | str) -> JobView:
         """The job as it stands: state, counts, tokens, times. Raises UnknownJob."""

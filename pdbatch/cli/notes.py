@@ -27,7 +27,7 @@ def note_missing_workers(client: Client, models: Iterable[str]) -> None:
 
 def note_other_jobs(client: Client, job: str) -> None:
     """Says which unfinished jobs will share the workers."""
-    for view in client.jobs(limit=200):
-        if view.id != job and view.state is JobState.IN_PROGRESS:
+    for view in client.jobs(limit=20, states={JobState.IN_PROGRESS}):
+        if view.id != job:
             left = view.counts.total - view.counts.done
             note(f"note: {view.id} ({left} requests left) shares the workers; `pdbatch cancel` it?")

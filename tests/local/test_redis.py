@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from pdbatch.errors import ConfigError
 from pdbatch.local.processes import redis_process
 from pdbatch.local.redis import answers, server_argv, socket_url, wait_for_redis
-from pdbatch.local.supervisor import Supervisor
+from pdbatch.local.supervisor import Exit, Supervisor
 from pdbatch.queues import connect
 
 
@@ -35,6 +38,23 @@ def test_it_starts_answers_and_is_ours_alone(socket_path: Path) -> None:
     assert client.config_get("port") == {"port": "0"}
     client.close()
     assert stat.S_IMODE(socket_path.parent.stat().st_mode) == 0o700
+
+
+def test_it_starts_again_at_the_same_place_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "redis.sock"
+    exits: list[Exit] = []
+    supervisor = Supervisor([redis_process(path)], on_exit=exits.append)
+    supervisor.start()
+    try:
+        wait_for_redis(socket_url(path))
+        os.kill(supervisor.pid("redis") or 0, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while not (exits and supervisor.pid("redis")):
+            assert time.monotonic() < deadline
+            supervisor.wait(supervisor.step())
+        wait_for_redis(socket_url(path))
+    finally:
+        supervisor.stop(10)
 
 
 def test_nobody_answers_where_nobody_is(tmp_path: Path) -> None:
