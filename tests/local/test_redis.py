@@ -51,7 +51,8 @@ def test_it_starts_again_at_the_same_place_after_a_kill(tmp_path: Path) -> None:
         deadline = time.monotonic() + 30
         while not (exits and supervisor.pid("redis")):
             assert time.monotonic() < deadline
-            supervisor.wait(supervisor.step())
+            supervisor.step()
+            supervisor.wait(0.1)
         wait_for_redis(socket_url(path))
     finally:
         supervisor.stop(10)
