@@ -30,7 +30,7 @@ class Loop:
         outages: tuple[type[Exception], ...] = (),
     ) -> None:
         self._name, self._step, self._on_bug = name, step, on_bug
-        self._outages = (StoreError, QueueError, *outages)
+        self._outages: tuple[type[Exception], ...] = (StoreError, QueueError, *outages)
         self._wake = threading.Event()
         self._stop = False
         self._thread = threading.Thread(target=self._run, name=f"pdbatch-{name}", daemon=True)

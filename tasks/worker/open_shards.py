@@ -57,14 +57,15 @@ class OpenShards:
 
     def leave(self, keys: Iterable[str]) -> None:
         """These requests are no longer ours; unknown ones are ignored."""
-        over = []
+        over: list[OpenShard] = []
         with self._lock:
             for key in map(RequestKey, keys):
                 shard = self._of.pop(key, None)
                 if shard is None:
                     continue
                 shard.left.pop(key, None)
-                if not shard.left and self._shards.pop((shard.job, shard.shard), None):
+                if not shard.left:
+                    self._shards.pop((shard.job, shard.shard), None)
                     over.append(shard)
         for shard in over:
             shard.on_over(shard)
