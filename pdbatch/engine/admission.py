@@ -15,7 +15,6 @@ from typing import Protocol
 from pdbatch.engine.messages import EngineRequest
 from pdbatch.engine.outputs import failure
 from pdbatch.engine.payload import HandoffPayload
-from pdbatch.engine.ports import PullRefused
 from pdbatch.engine.rng import seed_from_key
 from pdbatch.engine.sequence import ActiveRequest
 from pdbatch.engine.tokenizer import PromptError
@@ -98,12 +97,16 @@ class Admission:
         active.prefill_worker = self._worker
         return active
 
-    def adopt(self, payload: HandoffPayload, prompt: list[int], now_s: float) -> ActiveRequest:
-        """A request that another engine prefilled. Raises PullRefused if it cannot fit here."""
+    def adopt(
+        self, payload: HandoffPayload, prompt: list[int], now_s: float
+    ) -> ActiveRequest | RequestOutput:
+        """A request that another engine prefilled, or its error if it can never fit here."""
         params = payload.sampling
         refusal = self._limits.refusal(len(prompt), params.max_tokens)
         if refusal is not None:
-            raise PullRefused("TooLong", refusal, payload.key)
+            return failure(
+                payload.key, "context_length_exceeded", refusal, worker=payload.prefill_worker
+            )
         active = ActiveRequest(
             key=payload.key,
             arrival=next(self._arrivals),

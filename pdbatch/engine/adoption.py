@@ -119,11 +119,12 @@ class Adoptions:
         self._waiting.clear()
         return dropped
 
-    def drop_all(self) -> None:
+    def drop_all(self) -> list[Pull]:
         """Abort every adoption."""
-        self._waiting.clear()
-        for pull in self._pulling.values():
+        reading = [pull for pull in self._pulling.values() if not pull.dropped]
+        for pull in reading:
             pull.dropped = True
+        return self.drop_waiting() + reading
 
     def _has_place(self, pull: Pull) -> bool:
         coming = sum(other.request.params.n for other in self._pulling.values())

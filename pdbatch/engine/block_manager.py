@@ -53,7 +53,9 @@ class BlockManager:
         return self._find(sequence, sequence.num_prompt_tokens)
 
     def prompt_hashes(self, sequence: Sequence) -> list[BlockHash]:
-        """Hashes of the prompt's full blocks."""
+        """Hashes of the prompt's full blocks; none without prefix caching."""
+        if not self.prefix_caching:
+            return []
         return self._hashes(sequence, sequence.num_prompt_tokens // self.block_size)
 
     def take_after(
@@ -112,6 +114,13 @@ class BlockManager:
     def can_fork(self, parent: Sequence) -> bool:
         """Whether a fork of `parent` finds the block that it needs."""
         return parent.num_computed_tokens % self.block_size == 0 or self.pool.num_free > 0
+
+    def move(self, source: Sequence, target: Sequence) -> None:
+        """`target` takes over the blocks of `source`, which has no use for them any more."""
+        target.block_hashes = source.block_hashes
+        target.num_computed_tokens = source.num_computed_tokens
+        target.num_registered_blocks = source.num_registered_blocks
+        target.block_table = self.detach(source)
 
     def free(self, sequence: Sequence) -> None:
         """Give all blocks of a sequence back; none of its tokens are computed any more."""

@@ -1,0 +1,420 @@
+"""The engine: commands in, steps, events out.
+
+Life of a request in an engine:
+
+    1. Submit: encoded and checked (`admission`); a bad one ends here with its error.
+    2. It waits, starts, and its prompt is computed (`scheduler`, `batch`, the runner).
+    3. First token. Of n outputs those that go on fork here: full blocks shared, the last copied.
+       On a prefill engine the request leaves instead: [pinned, unpinned) its blocks belong
+       to the hand-off. One that ends with its first token never leaves.
+    4. Decoded token by token; preempted and computed again if blocks run out.
+    5. All outputs ended: blocks go back (full ones can still be found), the result goes out.
+
+    On a decode engine 1 to 3 are: Adopt, read (`adoption`), the first tokens replayed.
+
+`step` does one round: ended pulls, new pulls, one batch. The engine is one thread's; only the
+threads of a pull write blocks beside it, and only blocks that their pull owns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from pdbatch.engine.admission import Admission, Limits
+from pdbatch.engine.adoption import Adoptions, Pull
+from pdbatch.engine.block_manager import BlockManager
+from pdbatch.engine.config import Role
+from pdbatch.engine.events import Outbox
+from pdbatch.engine.messages import (
+    Abort,
+    Adopt,
+    Adoption,
+    Command,
+    Drain,
+    Drained,
+    EngineInfo,
+    EngineRequest,
+    Event,
+    Reset,
+    Shutdown,
+    Stats,
+    Submit,
+    Unpin,
+)
+from pdbatch.engine.model_input import SampledToken
+from pdbatch.engine.outgoing import Outgoing
+from pdbatch.engine.outputs import advance, result
+from pdbatch.engine.payload import sampled_token
+from pdbatch.engine.ports import (
+    PullRefused,
+    PullResult,
+    Transfers,
+)
+from pdbatch.engine.scheduler import Scheduler, SchedulerOutput
+from pdbatch.engine.sequence import ActiveRequest, Sequence, SequenceState
+from pdbatch.engine.stepper import ModelSide, Stepper
+from pdbatch.errors import InvariantError
+
+
+class Engine:
+    """One model, one pool of blocks, one role. See `pdbatch.engine.base.EngineBase`."""
+
+    def __init__(
+        self,
+        model: ModelSide,
+        blocks: BlockManager,
+        transfers: Transfers | None,
+        *,
+        info: EngineInfo,
+        role: Role,
+        worker: str,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        pinned_share: float = 0.5,
+        keep_prompts: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`transfers` may be None for a mixed engine; `keep_prompts` puts prompts into results."""
+        self.info = info
+        self._model = model
+        self._blocks = blocks
+        self._transfers = transfers
+        self._role = role
+        self._worker = worker
+        self._keep_prompts = keep_prompts
+        self._clock = clock
+        self._most_pinned = pinned_share * blocks.pool.num_blocks
+        self.scheduler = Scheduler(
+            blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
+        limits = Limits(
+            max_model_len=info.max_model_len,
+            capacity_tokens=blocks.pool.num_blocks * blocks.block_size,
+            hands_off=role == "prefill",
+        )
+        self._admission = Admission(model.tokenizer, limits, model.eos_token_ids, worker)
+        self._adoptions = Adoptions(transfers, self.scheduler) if transfers is not None else None
+        self._outgoing = Outgoing(transfers, blocks.pool, worker) if transfers is not None else None
+        self._stepper = Stepper(model, blocks)
+        self._requests: dict[str, ActiveRequest] = {}
+        """Every request that is in neither a waiting adoption nor a pin."""
+        self._out = Outbox()
+        self._dropped: list[str] | None = None
+        """While draining: what was dropped so far."""
+        self._progress = False
+
+    # --- commands
+
+    def handle(self, command: Command) -> None:
+        """Take a command; what it causes comes out of the next step."""
+        match command:
+            case Submit(requests=requests):
+                for request in requests:
+                    self.add(request)
+            case Adopt(items=items):
+                for item in items:
+                    self.adopt(item)
+            case Unpin(handoff_ids=ids):
+                for handoff_id in ids:
+                    self.unpin(handoff_id)
+            case Abort(keys=keys):
+                for key in keys:
+                    self.abort(key)
+            case Reset(epoch=epoch):
+                self.reset(epoch)
+            case Drain():
+                self.drain()
+            case Shutdown():
+                raise InvariantError("Shutdown is for the process, not for the engine")
+        self._progress = True
+
+    def add(self, request: EngineRequest) -> None:
+        """Run a request from its start; one of the same key that is still here is dropped."""
+        if self._dropped is not None:
+            self._dropped.append(request.key)
+            return
+        self._drop_request(request.key)
+        admitted = self._admission.admit(request, self._clock())
+        if isinstance(admitted, ActiveRequest):
+            self._requests[admitted.key] = admitted
+            self.scheduler.add(admitted.sequences[0])
+        else:
+            self._out.finished.append(admitted)
+
+    def adopt(self, item: Adoption) -> None:
+        """Read and decode a claimed request; answered by Pulled or PullFailed.
+
+        One that can never fit here is answered by Pulled, without a read, and its error.
+        """
+        try:
+            if self._transfers is None or self._adoptions is None:
+                raise PullRefused("NoTransport", "this engine reads nobody's KV")
+            incoming = self._transfers.read(item)
+            if incoming.payload.key in self._requests:
+                message = "the request is in this engine already"
+                raise PullRefused("Duplicate", message, incoming.payload.key)
+        except PullRefused as refused:
+            self._out.pull_failed(item.handoff_id, refused.key, refused.code, str(refused))
+            return
+        request = self._admission.adopt(incoming.payload, incoming.prompt_token_ids, self._clock())
+        if isinstance(request, ActiveRequest):
+            self._requests[request.key] = request
+            self._adoptions.add(incoming, request)
+        else:
+            self._out.pulled.append(item.handoff_id)
+            self._out.finished.append(request)
+
+    def unpin(self, handoff_id: str) -> None:
+        """A hand-off is over: its blocks go back. Unknown ones are ignored."""
+        if self._outgoing is not None:
+            self._outgoing.unpin(handoff_id)
+
+    def abort(self, key: str) -> None:
+        """Drop a request wherever it is. Its adoption is answered by PullFailed `Aborted`."""
+        self._drop_request(key)
+        if self._outgoing is not None:
+            self._outgoing.unpin_key(key)
+
+    def reset(self, epoch: int) -> None:
+        """Drop everything; go on under this epoch. Nothing that was dropped is answered."""
+        for pull in self._adoptions.drop_all() if self._adoptions is not None else ():
+            del self._requests[pull.request.key]  # what is being read is freed when that ends
+        for key in list(self._requests):
+            self._remove_sequences(self._requests.pop(key))
+        if self._outgoing is not None:
+            self._outgoing.unpin_all()
+        self._blocks.pool.forget_all()
+        self._out.clear()
+        self._dropped = None
+        if self._transfers is not None:
+            self._transfers.reset(epoch)
+
+    def drain(self) -> None:
+        """Drop what has not begun, finish what runs, then answer `Drained`. Pins stay."""
+        self._dropped = [] if self._dropped is None else self._dropped
+        for pull in self._adoptions.drop_waiting() if self._adoptions is not None else ():
+            self._dropped.append(pull.request.key)
+            del self._requests[pull.request.key]
+        for request in [r for r in self._requests.values() if not r.started]:
+            self._dropped.append(request.key)
+            self._remove_sequences(self._requests.pop(request.key))
+
+    # --- a step
+
+    @property
+    def busy(self) -> bool:
+        """Whether another step may find something to do without anything new."""
+        return self._progress or self._out.pending
+
+    def step(self) -> list[Event]:
+        """Ended pulls, new pulls, one batch; the events of all that."""
+        self._progress = False
+        if self._adoptions is not None:
+            for pull, ended in self._adoptions.collect():
+                self._end_pull(pull, ended)
+                self._progress = True
+            if self._adoptions.start():
+                self._progress = True
+        plan = self.scheduler.schedule(may_start=self._may_start())
+        self._out.preemptions += len(plan.preempted)
+        if plan.num_tokens:
+            self._run(plan)
+            self._progress = True
+        if self._dropped is not None and not self._requests and not self._pulls:
+            self._out.other.append(Drained(dropped=self._dropped))
+            self._dropped = None
+        return self._out.take()
+
+    def stats(self) -> Stats:
+        """Counts of now; waiting and running are sequences."""
+        pool = self._blocks.pool
+        return Stats(
+            waiting=self.scheduler.num_waiting,
+            running=len(self.scheduler.running),
+            pulling=self._pulls,
+            pinned_requests=len(self._outgoing) if self._outgoing is not None else 0,
+            free_blocks=pool.num_free,
+            cached_blocks=pool.num_cached,
+            used_blocks=pool.num_used,
+            total_blocks=pool.num_blocks,
+            prompt_tokens=self._out.prompt_tokens,
+            cached_tokens=self._out.cached_tokens,
+            output_tokens=self._out.output_tokens,
+            preemptions=self._out.preemptions,
+            steps=self._out.steps,
+            pulled_bytes=self._out.pulled_bytes,
+        )
+
+    def fileno(self) -> int:
+        """Readable when a pull has ended; -1 for an engine that never pulls."""
+        return self._transfers.fileno() if self._transfers is not None else -1
+
+    def check(self) -> None:
+        """Every block has exactly the holders it counts. Raises InvariantError with numbers."""
+        tables = [sequence.block_table for sequence in self.scheduler.running]
+        if self._outgoing is not None:
+            tables += self._outgoing.tables
+        if self._adoptions is not None:
+            tables += self._adoptions.tables
+        self._blocks.check(tables)
+        for sequence in self.scheduler.running:
+            if sequence.num_scheduled_tokens or sequence.num_uncomputed_tokens < 1:
+                raise InvariantError(f"{sequence!r} between two steps")
+
+    def close(self) -> None:
+        """Stop serving peers; wait for pulls under way."""
+        if self._transfers is not None:
+            self._transfers.close()
+
+    @property
+    def _pulls(self) -> int:
+        return len(self._adoptions) if self._adoptions is not None else 0
+
+    def _may_start(self) -> bool:
+        """False while what is pinned exceeds its budget: decode sets the pace."""
+        return self._outgoing is None or self._outgoing.num_blocks <= self._most_pinned
+
+    # --- one batch
+
+    def _run(self, plan: SchedulerOutput) -> None:
+        """Compute the plan and move every request on."""
+        for sequence in plan.started:
+            self._note_start(sequence)
+        firsts: dict[str, list[SampledToken]] = {}
+        chosen = self._stepper.run(plan)
+        for sequence, token in chosen:
+            request = sequence.request
+            first = not sequence.output_token_ids
+            if first:
+                firsts.setdefault(request.key, []).append(token)
+            if advance(sequence, token, self._model.tokenizer) and not first:
+                self._end_sequence(sequence)
+        for key, tokens in firsts.items():
+            self._first_tokens(self._requests[key], tokens)
+        self._out.steps += 1
+        self._out.output_tokens += len(chosen)
+
+    def _note_start(self, sequence: Sequence) -> None:
+        """Count the prompt once, when its first chunk is scheduled."""
+        request = sequence.request
+        if request.started:
+            return
+        request.started = True
+        request.times.queued_s = request.close_stage(self._clock())
+        request.num_cached_tokens = sequence.num_computed_tokens
+        self._out.prompt_tokens += request.num_prompt_tokens
+        self._out.cached_tokens += request.num_cached_tokens
+        for index in range(1, request.params.n):
+            request.sequences.append(Sequence(request, index))
+
+    def _first_tokens(self, request: ActiveRequest, tokens: list[SampledToken]) -> None:
+        """Every output of a request has its first token: finish, hand off or go on."""
+        request.times.prefill_s = request.close_stage(self._clock())
+        if request.finished:
+            self._finish(request)
+        elif self._role == "prefill":
+            self._hand_off(request, tokens)
+        else:
+            self._branch(request)
+
+    def _branch(self, request: ActiveRequest) -> None:
+        """The outputs that go on share the prompt's blocks; those without room wait."""
+        lead, live = request.sequences[0], [s for s in request.sequences if not s.finish_reason]
+        holder = live[0]
+        if holder is not lead:
+            self._blocks.move(lead, holder)
+            self.scheduler.remove(lead)
+        if holder.state is not SequenceState.RUNNING:
+            self.scheduler.add_running(holder)
+        source: list[int] = []
+        target: list[int] = []
+        for sequence in live[1:]:
+            if not (self.scheduler.has_room(1) and self._blocks.can_fork(holder)):
+                self.scheduler.add(sequence)
+                continue
+            copy = self._blocks.fork(holder, sequence)
+            if copy is not None:
+                source.append(copy[0])
+                target.append(copy[1])
+            self.scheduler.add_running(sequence)
+        if source:
+            self._model.cache.copy_blocks(source, target)
+
+    def _end_sequence(self, sequence: Sequence) -> None:
+        """One output is complete; with the last one the request is."""
+        self._blocks.free(sequence)
+        self.scheduler.remove(sequence)
+        if sequence.request.finished:
+            self._finish(sequence.request)
+
+    def _finish(self, request: ActiveRequest) -> None:
+        """All outputs are there."""
+        self._remove_sequences(request)
+        del self._requests[request.key]
+        decoded = self._role != "prefill"
+        if decoded:
+            request.times.decode_s = request.close_stage(self._clock())
+        output = result(
+            request, self._model.tokenizer, decode_worker=self._worker if decoded else ""
+        )
+        if self._keep_prompts:
+            output.prompt_token_ids = request.prompt_token_ids
+        self._out.finished.append(output)
+
+    # --- hand-off
+
+    def _hand_off(self, request: ActiveRequest, tokens: list[SampledToken]) -> None:
+        """The prompt's blocks change from the sequence to the hand-off."""
+        if self._outgoing is None:
+            raise InvariantError("a prefill engine without transfers")
+        table = self._blocks.detach(request.sequences[0])
+        self._remove_sequences(request)
+        del self._requests[request.key]
+        self._out.prefilled.append(self._outgoing.pin(request, table, tokens))
+
+    def _end_pull(self, pull: Pull, ended: PullResult) -> None:
+        """Proved KV: replay the first tokens and decode. Anything else: say so."""
+        if pull.dropped:
+            return
+        request = pull.request
+        if ended.code is not None:
+            del self._requests[request.key]
+            self._out.pull_failed(ended.handoff_id, request.key, ended.code, ended.message)
+            return
+        self._out.pulled.append(ended.handoff_id)
+        self._out.pulled_bytes += ended.num_bytes
+        request.times.handoff_s = max(0.0, time.time() - pull.incoming.payload.pinned_at)
+        request.times.transfer_s = ended.seconds
+        request.close_stage(self._clock())
+        first = pull.incoming.payload.first
+        request.sequences += [Sequence(request, index) for index in range(1, len(first))]
+        for sequence, token in zip(request.sequences, first, strict=True):
+            advance(sequence, sampled_token(token), self._model.tokenizer)
+        if request.finished:
+            self._finish(request)
+        else:
+            self._branch(request)
+
+    # --- dropping
+
+    def _drop_request(self, key: str) -> None:
+        """Forget a request that runs, waits, is being read, or was refused just now."""
+        self._out.drop(key)
+        request = self._requests.pop(key, None)
+        if request is None:
+            return
+        pulls = self._adoptions.drop(key) if self._adoptions is not None else []
+        for pull in pulls:
+            self._out.pull_failed(
+                pull.incoming.handoff_id, key, "Aborted", "the request was aborted"
+            )
+        if not pulls:
+            self._remove_sequences(request)
+
+    def _remove_sequences(self, request: ActiveRequest) -> None:
+        """Take a request's sequences out of the scheduler and give their blocks back."""
+        for sequence in request.sequences:
+            if sequence.state is not SequenceState.FINISHED:
+                self._blocks.free(sequence)
+                self.scheduler.remove(sequence)
