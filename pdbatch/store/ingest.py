@@ -167,6 +167,8 @@ class Ingest:
         if error is None:
             self.close()
             return
+        if isinstance(error, IllegalTransition):
+            return  # somebody else ended the job
         try:
             self._jobs.fail(self.job, f"{type(error).__name__}: {error}")
         except StoreError as second:

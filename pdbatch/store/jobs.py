@@ -11,7 +11,8 @@ from __future__ import annotations
 import builtins
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Connection, Select, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Select, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from pdbatch.errors import IllegalTransition
 from pdbatch.ids import JobId, new_job_id
@@ -34,9 +35,10 @@ class Jobs:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    def create(self, job: NewJob) -> JobId:
-        """A new job, VALIDATING, without requests."""
-        job_id = new_job_id()
+    def create(self, job: NewJob, *, id: JobId | None = None) -> JobId:
+        """A new job, VALIDATING, without requests. One that has the given `id` already stays as it
+        is; None: a fresh id."""
+        job_id = id or new_job_id()
 
         def run(conn: Connection) -> JobId:
             if conn.execute(select(JOBS.c.no).where(JOBS.c.id == job_id)).first() is None:
@@ -52,7 +54,9 @@ class Jobs:
                     "created_at": self._db.dialect.now(conn),
                     "deadline_at": job.deadline_at,
                 }
-                conn.execute(insert(JOBS).values(values))
+                insert = postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert
+                put = insert(JOBS).values(values)
+                conn.execute(put.on_conflict_do_nothing(index_elements=[JOBS.c.id]))
             return job_id
 
         return self._db.write(run)

@@ -110,6 +110,20 @@ class Walk(RuleBasedStateMachine):
         }
         ends[how]()
 
+    @rule(name=names, decoder=names, drop=st.booleans())
+    def hand_off(self, name: str, decoder: str, drop: bool) -> None:
+        """A whole shard's usual way from one worker to another, who may drop some of it."""
+        owner, holder = self.workers[name], self.workers[decoder]
+        claimed = claim_next(self.store, owner)
+        if claimed is None:
+            return
+        held = keys(claimed.job, *(request.index for request in claimed.requests))
+        assert self.store.holds.take(holder, held) == set(held)
+        assert self.store.shards.hand_off(owner, claimed.job, claimed.shard, claimed.attempt)
+        audit(self.url)
+        if drop:
+            assert self.store.holds.drop(holder, held[:1]) == set(held[:1])
+
     @precondition(lambda self: self.jobs)
     @rule(name=names, which=indexes, data=st.data())
     def hold(self, name: str, which: list[int], data: st.DataObject) -> None:
@@ -183,7 +197,7 @@ def test_any_walk_keeps_the_books_on_sqlite(sqlite_template: bytes, tmp_path: Pa
         path.write_bytes(sqlite_template)
         return f"sqlite:///{path}"
 
-    _run(fresh, 40)
+    _run(fresh, 25)
 
 
 @pytest.mark.postgres
@@ -193,4 +207,4 @@ def test_any_walk_keeps_the_books_on_postgres(pg_store_url: str) -> None:
         execute(pg_store_url, f"TRUNCATE {tables}")
         return pg_store_url
 
-    _run(emptied, 12)
+    _run(emptied, 8)
