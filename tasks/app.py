@@ -13,7 +13,8 @@ contacted before something is sent. What the options are for:
 from __future__ import annotations
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from celery import Celery
@@ -46,6 +47,7 @@ def build_app(given: Settings | None = None) -> Celery:
         set_as_current=given is None,
     )
     celery_app.add_defaults(lambda: configuration(with_broker(given) if given else settings()))
+    celery_app.steps["consumer"].add("tasks.lanes:Lanes")
     return celery_app
 
 
@@ -84,6 +86,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "worker_pool": POOL,
         "worker_concurrency": settings.worker_shards,
         "worker_prefetch_multiplier": 1,
+        "worker_enable_prefetch_count_reduction": False,  # counts acks that go through Celery
         "worker_send_task_events": True,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
     }
@@ -108,22 +111,25 @@ def _keep_messages_of_closed_channels() -> None:
 class SteadyRequest(Request):  # type: ignore[misc]
     """A message whose acknowledgement may fail: Redis went away meanwhile, whatever the error.
 
-    The consumer finds that out by itself and connects again; the message comes twice.
+    The consumer finds that out by itself and connects again; the message comes twice. Done at once,
+    not in the loop's next turn as Celery does it: there an error that is none of the connection's
+    ends the worker, and after the loop's end, in a drain, there is no next turn.
     """
-
-    def __init__(self, message: Any, **options: Any) -> None:
-        super().__init__(message, **{**options, "connection_errors": ()})
 
     def acknowledge(self) -> None:
         """Ack, or say why not."""
-        self._attempt("acknowledged", super().acknowledge)
+        if not self.acknowledged:
+            self.acknowledged = True
+            self._attempt("acknowledged", self.message.ack)
 
     def reject(self, requeue: bool = False) -> None:
         """Reject, or say why not."""
-        super_reject = super().reject
-        self._attempt("rejected", lambda: super_reject(requeue=requeue))
+        if not self.acknowledged:
+            self.acknowledged = True
+            self._attempt("rejected", partial(self.message.reject, requeue=requeue))
+            self.send_event("task-rejected", requeue=requeue)
 
-    def _attempt(self, verb: str, work: Any) -> None:
+    def _attempt(self, verb: str, work: Callable[[], object]) -> None:
         try:
             work()
         except Exception as error:
