@@ -111,23 +111,24 @@ def _keep_messages_of_closed_channels() -> None:
 class SteadyRequest(Request):  # type: ignore[misc]
     """A message whose acknowledgement may fail: Redis went away meanwhile, whatever the error.
 
-    The consumer finds that out by itself and connects again; the message comes twice. Done at once,
-    not in the loop's next turn as Celery does it: there an error that is none of the connection's
-    ends the worker, and after the loop's end, in a drain, there is no next turn.
+    The consumer finds that out by itself and connects again; the message comes twice. It is done at
+    once, not in the loop's next turn as Celery does it: there an error that is none of the
+    connection's ends the worker, and after the loop's end, in a drain, there is no next turn.
     """
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        if hasattr(message, "ack"):
+            self._on_ack = lambda *_: message.ack()
+            self._on_reject = lambda logger, errors, requeue: message.reject(requeue=requeue)
 
     def acknowledge(self) -> None:
         """Ack, or say why not."""
-        if not self.acknowledged:
-            self.acknowledged = True
-            self._attempt("acknowledged", self.message.ack)
+        self._attempt("acknowledged", super().acknowledge)
 
     def reject(self, requeue: bool = False) -> None:
         """Reject, or say why not."""
-        if not self.acknowledged:
-            self.acknowledged = True
-            self._attempt("rejected", partial(self.message.reject, requeue=requeue))
-            self.send_event("task-rejected", requeue=requeue)
+        self._attempt("rejected", partial(super().reject, requeue=requeue))
 
     def _attempt(self, verb: str, work: Callable[[], object]) -> None:
         try:

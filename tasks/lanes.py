@@ -14,12 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 from celery import bootsteps
-from kombu.common import ignore_errors
+from kombu import common
 
 from pdbatch.queues import GENERATE_QUEUE, PRIORITY_NAMES
 
 GENERATES = 256
 """Most `generate` tasks that one worker has open."""
+_ignore_errors: Any = common.ignore_errors
 
 
 class Lanes(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -52,7 +53,7 @@ class Lanes(bootsteps.StartStopStep):  # type: ignore[misc]
     def stop(self, consumer: Any) -> None:
         """Take no more; the channels stay open for acknowledgements."""
         for lane in self._lanes:
-            ignore_errors(consumer, lane.cancel)
+            _ignore_errors(consumer, lane.cancel)
         if consumer.connection is None:  # lost: its channels are gone with it
             self._lanes.clear()
 
@@ -60,7 +61,7 @@ class Lanes(bootsteps.StartStopStep):  # type: ignore[misc]
         """The end."""
         self.stop(consumer)
         for lane in self._lanes:
-            ignore_errors(consumer, lane.channel.close)
+            _ignore_errors(consumer, lane.channel.close)
         self._lanes.clear()
 
 
