@@ -48,6 +48,16 @@ def test_tokens_are_those_of_generate(family: str) -> None:
     assert Loop(engine, block_size=4, num_blocks=200).generate(prompts, OUT, 19) == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_gives_the_tokens_of_generate(family: str) -> None:
+    model = make(family)
+    prompts = _prompts(len(family))
+    expected = _reference(model, prompts)
+    assert Loop(loaded(model, "cuda")).generate(prompts, OUT, 19) == expected
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_sequence_alone_and_among_others_has_the_same_logits(family: str) -> None:
     engine = loaded(make(family))
@@ -59,6 +69,30 @@ def test_a_sequence_alone_and_among_others_has_the_same_logits(family: str) -> N
     first = alone.step([(1, [5])], [1])
     mixed = among.step([(s, [5]) for s in range(len(prompts))], [1])
     torch.testing.assert_close(first, mixed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+def test_blocks_that_sequences_share_are_read_rightly(family: str) -> None:
+    """Two prompts, each begun by several sequences over the same blocks, and one on its own."""
+    model = make(family)
+    first, second, other = [[t + n for t in range(3, 83)] for n in (0, 40, 90)]
+    prompts = [[*first, n, 5] for n in range(4, 10)] + [[*second, n] for n in range(4, 9)]
+    prompts = [*prompts, other, first[:70], first + [9] * 30]
+    expected = _reference(model, prompts)
+    loop = Loop(loaded(model), num_blocks=300)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for seq, prompt in enumerate(prompts):  # 80 tokens are 10 blocks of 8
+        owner = next((o for o in range(seq) if prompts[o][:80] == prompt[:80]), None)
+        if owner is not None and len(prompt) > 80:
+            loop.tables[seq], loop.done[seq] = loop.tables[owner][:10], 80
+        piece = prompt[loop.done.get(seq, 0) :]
+        outputs[seq].append(int(loop.step([(seq, piece)], [seq]).argmax()))
+    everyone = list(range(len(prompts)))
+    while len(outputs[0]) < OUT:
+        logits = loop.step([(seq, outputs[seq][-1:]) for seq in everyone], everyone)
+        for seq, token in enumerate(logits.argmax(-1).tolist()):
+            outputs[seq].append(token)
+    assert outputs == expected
 
 
 def test_a_step_without_wanted_logits_gives_none() -> None:

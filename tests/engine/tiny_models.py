@@ -74,16 +74,16 @@ def make(family: str, seed: int = 7) -> Any:
     return model.eval()
 
 
-def loaded(model: Any, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def loaded(model: Any, device: str = "cpu") -> LoadedModel:
     """The same weights as the engine runs them."""
     hook.register()
     model.set_attn_implementation(hook.IMPLEMENTATION)
     return LoadedModel(
-        model=model.to(dtype),
+        model=model.to(device),
         config=model.config,
         tokenizer=Tokenizer(None, VOCAB),
-        dtype=dtype,
-        device=next(model.parameters()).device,
+        dtype=torch.float32,
+        device=torch.device(device),
         max_model_len=512,
         eos_token_ids=(2,),
         name="tiny",

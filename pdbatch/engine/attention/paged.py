@@ -76,8 +76,8 @@ class PagedStep:
                 k_HcD = k_HTD[:, chunk.start : chunk.end]
                 v_HcD = v_HTD[:, chunk.start : chunk.end]
             else:
-                k_HcD, v_HcD = self._gather(layer, chunk.pages_2HM, heads)
-                k_HcD, v_HcD = k_HcD[:, : chunk.num_keys], v_HcD[:, : chunk.num_keys]
+                found = self._gather(layer, chunk.pages_2HM).view(2, heads, -1, size)
+                k_HcD, v_HcD = found[:, :, : chunk.num_keys].unbind(0)
             out_HGqD = chunk_attention(q_HGqD, k_HcD, v_HcD, chunk.mask_qc, scaling, softcap)
             out_THGD[chunk.start : chunk.end] = out_HGqD.permute(2, 0, 1, 3)
         return out_THGD.flatten(1, 2)
@@ -90,16 +90,13 @@ class PagedStep:
             rows_TH = self._rows_TH + (layer * 2 + kv) * per_kv
             tokens.index_copy_(0, rows_TH, new_HTD.transpose(0, 1).reshape(-1, shape.head_dim))
 
-    def _gather(
-        self, layer: int, pages: torch.Tensor, parts: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of these pages, each [parts, tokens, D], contiguous."""
+    def _gather(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
+        """These pages' numbers, [pages * tokens, D], until the next call."""
         shape = self._cache.shape
         source = self._cache.pages
         out = self._workspace.take(pages.numel(), source)
         torch.index_select(source, 0, pages + layer * 2 * shape.num_kv_heads, out=out)
-        k, v = out.view(2, parts, -1, shape.head_dim).unbind(0)
-        return k, v
+        return out.view(-1, shape.head_dim)
 
     def _decode(
         self,
@@ -111,16 +108,19 @@ class PagedStep:
         softcap: float | None,
     ) -> None:
         count = self._batch.num_decodes
-        q_SHGD = q_HGTD[:, :, :count].permute(2, 0, 1, 3)
+        q_HSGD = q_HGTD[:, :, :count].transpose(1, 2)
         if group.rows_S is not None:
-            q_SHGD = q_SHGD.index_select(0, group.rows_S)
-        parts = group.num_seqs * q_SHGD.shape[1]
-        k, v = self._gather(layer, group.pages_2SHM, parts)
-        out = attention(q_SHGD.flatten(0, 1), k, v, group.mask_SH1C, scaling, softcap)
+            q_HSGD = q_HSGD.index_select(1, group.rows_S)
+        heads, size = q_HSGD.shape[0], q_HSGD.shape[3]
+        found = self._gather(layer, group.pages)
+        shared = found[: 2 * heads * group.num_shared].view(2, heads, -1, size)
+        own = found[2 * heads * group.num_shared :].view(2, heads * group.num_seqs, -1, size)
+        out_HSGD = decode_attention(q_HSGD, shared, own, group.mask_HS1C, scaling, softcap)
+        out_SHGD = out_HSGD.transpose(0, 1)
         if group.rows_S is None:
-            out_THGD[:count] = out.view(q_SHGD.shape)
+            out_THGD[:count] = out_SHGD
         else:
-            out_THGD.index_copy_(0, group.rows_S, out.view(q_SHGD.shape))
+            out_THGD.index_copy_(0, group.rows_S, out_SHGD)
 
 
 def start_blocks(cache: PagedKVCache, slot_mapping_T: torch.Tensor) -> None:
@@ -131,20 +131,32 @@ def start_blocks(cache: PagedKVCache, slot_mapping_T: torch.Tensor) -> None:
         cache.clear_blocks(blocks.tolist())
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
+def decode_attention(
+    q_HSGD: torch.Tensor,
+    shared_2HpD: torch.Tensor,
+    own_2PcD: torch.Tensor,
+    mask_HS1C: torch.Tensor,
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """softmax(q k^T * scaling + mask) v over batches: q [P, rows, D], k and v [P, c, D]."""
-    if softcap is None:
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling)
-    else:
-        scores = _capped(q, k, scaling, softcap).add_(mask)
-    return torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
+    """One query a sequence, over keys that all share (maybe none) and then its own.
+
+    `own` is [2, H * S, c, D]. Each KV head's queries of the whole group are the rows of one
+    product with the shared keys; one softmax spans both. Gives [H, S, G, D].
+    """
+    q = q_HSGD.flatten(0, 1)
+    scores = _scores(q, own_2PcD[0], scaling, softcap, mask_HS1C)
+    p = shared_2HpD.shape[2]
+    if not p:
+        probs = torch.softmax(scores, -1).to(q.dtype)
+        return torch.bmm(probs, own_2PcD[1]).view(q_HSGD.shape)
+    first = _scores(q_HSGD.flatten(1, 2), shared_2HpD[0], scaling, softcap)
+    rows = q_HSGD.shape[:3]
+    both = torch.cat([first.view(*rows, p), scores.view(*rows, -1)], -1)
+    probs_HSGc = torch.softmax(both, -1).to(q.dtype)
+    out = torch.bmm(probs_HSGc[..., p:].flatten(0, 1), own_2PcD[1]).view(q_HSGD.shape)
+    out += torch.bmm(probs_HSGc[..., :p].flatten(1, 2), shared_2HpD[1]).view(q_HSGD.shape)
+    return out
 
 
 def chunk_attention(
@@ -187,10 +199,7 @@ def _tiled(
         q = q_HGqD[:, :, begin : begin + _TILE]
         end = keys - queries + begin + q.shape[2]
         k = k_HcD[:, :end]
-        if softcap is None:
-            scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).mul_(scaling)
-        else:
-            scores = _capped(q.flatten(1, 2), k, scaling, softcap)
+        scores = _scores(q.flatten(1, 2), k, scaling, softcap)
         tile = scores.view(*q.shape[:3], end)
         if mask_qc is None:
             tile[..., begin:].add_(_upper(q.shape[2], scores))
@@ -201,10 +210,21 @@ def _tiled(
     return out_HGqD
 
 
-def _capped(q: torch.Tensor, k: torch.Tensor, scaling: float, softcap: float) -> torch.Tensor:
-    """float32 scores, softly held between -softcap and softcap."""
-    scores = torch.bmm(q, k.transpose(1, 2)).float()
-    return scores.mul_(scaling / softcap).tanh_().mul_(softcap)
+def _scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q k^T * scaling, softly capped (float32 then), plus a mask: [P, rows, D] by [P, c, D]."""
+    k = k.transpose(1, 2)
+    if softcap is not None:
+        scores = torch.bmm(q, k).float().mul_(scaling / softcap).tanh_().mul_(softcap)
+        return scores if mask is None else scores.add_(mask)
+    if mask is None:
+        return torch.bmm(q, k).mul_(scaling)
+    return torch.baddbmm(mask, q, k, alpha=scaling)
 
 
 def _upper(size: int, like: torch.Tensor) -> torch.Tensor:

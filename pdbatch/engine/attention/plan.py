@@ -1,11 +1,12 @@
 """Which cache pages each part of a step reads: computed once, used by every layer.
 
-Legend: S sequences of a group, H KV heads, M blocks, C = M * block_size tokens, q and c
-lengths of queries and keys of one chunk; the 2 is K, V.
+Legend: S sequences of a group, H KV heads, M blocks, C = M * block_size tokens, P blocks
+shared by a group, q and c lengths of queries and keys of one chunk; the 2 is K, V.
 
 Decodes (one token each) are taken together in groups of similar length, so that little is
-padded; chunks of prompts one by one. All page indices are for layer 0; layer l adds
-`l * PageMath.layer`. A window cuts off the blocks that no query of the step can see.
+padded, and of equal beginning, where that is long; chunks of prompts one by one. All page
+indices are for layer 0; a layer further on adds `2 * H`. A window cuts off the blocks that no
+query of the step can see.
 """
 
 from __future__ import annotations
@@ -18,24 +19,29 @@ from pdbatch.engine.kvcache import PagedKVCache
 from pdbatch.engine.model_input import ModelInput
 
 _WASTE_BLOCKS = 48
-"""Padding blocks of a group that cost about as much as one group more (measured on a CPU)."""
+"""Blocks read too much that cost about as much as one group more (measured on a CPU)."""
 _GROUP_BYTES = 6 << 20
 """K and V of one layer that a group gathers at most on a CPU: what is gathered stays in cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Sequences with one query each, their keys padded to one length."""
+    """Sequences with one query each, their own keys padded to one length.
+
+    Where they begin with the same blocks, those are read once for the whole group.
+    """
 
     rows_S: torch.Tensor | None
     """Which decodes of the step, or None for all of them in order."""
-    pages_2SHM: torch.Tensor
-    """Flat page indices of layer 0."""
     num_seqs: int
+    pages: torch.Tensor
+    """Flat page indices of layer 0: [2, H, P] of the shared blocks, then [2, H, S, M]."""
+    num_shared: int
+    """Tokens in the shared blocks, all of them seen by every query; 0 without any."""
     num_tokens: int
-    """C, padding included."""
-    mask_SH1C: torch.Tensor
-    """[S * H, 1, C]: 0 where a key is seen, -inf elsewhere."""
+    """C, padding included, shared tokens not."""
+    mask_HS1C: torch.Tensor
+    """[H * S, 1, C]: 0 where a key is seen, -inf elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +81,13 @@ def _first_block(first_query: int, window: int | None, block_size: int) -> int:
 
 
 def _pages(cache: PagedKVCache, blocks: torch.Tensor) -> torch.Tensor:
-    """[2, *, H, M] page indices of layer 0 for block ids [*, M]."""
+    """[2, *, H, M] page indices of layer 0 for block ids [*, M], on the CPU."""
     shape = cache.shape
     heads = shape.num_kv_heads
     kv = torch.arange(2) * heads
     first = (blocks.long() * (shape.num_layers * 2 * heads)).unsqueeze(-2)
     pages = kv.view(2, *[1] * first.dim()) + first.unsqueeze(0) + torch.arange(heads)[:, None]
-    return pages.reshape(-1).to(cache.device)
+    return pages
 
 
 def _groups(batch: ModelInput, cache: PagedKVCache, window: int | None) -> list[DecodeGroup]:
@@ -90,13 +96,34 @@ def _groups(batch: ModelInput, cache: PagedKVCache, window: int | None) -> list[
     size = cache.shape.block_size
     lens = batch.context_lens[: batch.num_decodes]
     first = [_first_block(n - 1, window, size) for n in lens]
-    num_blocks = [-(-n // size) - f for n, f in zip(lens, first, strict=True)]
-    order = sorted(range(len(lens)), key=lambda s: -num_blocks[s])
+    families = _families(batch, size) if window is None else [(list(range(len(lens))), 0)]
     groups = []
-    for part in _cut(order, num_blocks, _most_blocks(cache)):
-        rows = sorted(part) if len(part) < len(order) else None
-        groups.append(_group(batch, cache, window, rows, first, num_blocks[part[0]]))
+    for members, shared in families:
+        own = {s: -(-lens[s] // size) - max(first[s], shared) for s in members}
+        for part in _cut(sorted(members, key=lambda s: -own[s]), own, _most_blocks(cache)):
+            blocks = range(shared, shared + own[part[0]])
+            groups.append(_group(batch, cache, window, sorted(part), first, blocks))
     return groups
+
+
+def _families(batch: ModelInput, block_size: int) -> list[tuple[list[int], int]]:
+    """Decodes that share enough leading blocks, each with how many; last those that do not."""
+    found, rest = [], []
+    by_block: dict[int, list[int]] = {}
+    for seq, block in enumerate(batch.block_tables_SM[: batch.num_decodes, 0].tolist()):
+        by_block.setdefault(block, []).append(seq)
+    for members in by_block.values():
+        shared = 0
+        if len(members) > 1:
+            tables = batch.block_tables_SM[torch.tensor(members)]
+            equal = (tables == tables[0]).all(0)
+            full = min((batch.context_lens[s] - 1) // block_size for s in members)
+            shared = int(equal[:full].long().cumprod(0).sum())
+        if (len(members) - 1) * shared >= _WASTE_BLOCKS:
+            found.append((members, shared))
+        else:
+            rest += members
+    return [*found, (sorted(rest), 0)] if rest else found
 
 
 def _most_blocks(cache: PagedKVCache) -> int | None:
@@ -105,7 +132,7 @@ def _most_blocks(cache: PagedKVCache) -> int | None:
     return max(1, _GROUP_BYTES * cache.shape.num_layers // cache.shape.block_bytes)
 
 
-def _cut(order: list[int], num_blocks: list[int], most: int | None) -> list[list[int]]:
+def _cut(order: list[int], num_blocks: dict[int, int], most: int | None) -> list[list[int]]:
     """Sequences in falling order of their blocks, cut where padding or memory gets too much."""
     parts: list[list[int]] = []
     waste = 0
@@ -125,30 +152,36 @@ def _group(
     batch: ModelInput,
     cache: PagedKVCache,
     window: int | None,
-    rows: list[int] | None,
+    rows: list[int],
     first: list[int],
-    num_blocks: int,
+    blocks: range,
 ) -> DecodeGroup:
-    size = cache.shape.block_size
-    picked = list(range(batch.num_decodes)) if rows is None else rows
-    lens_S1 = torch.tensor([batch.context_lens[s] for s in picked])[:, None]
-    first_S1 = torch.tensor([first[s] for s in picked])[:, None]
+    """One group that reads blocks [0, blocks.start) together, and `blocks` each on its own.
+
+    With a window, `blocks` count from each sequence's first block that is still seen.
+    """
+    size, heads = cache.shape.block_size, cache.shape.num_kv_heads
+    rows_S = torch.tensor(rows)
+    tables_SM = batch.block_tables_SM[rows_S]
+    lens_S1 = torch.tensor([batch.context_lens[s] for s in rows])[:, None]
+    first_S1 = torch.tensor([first[s] for s in rows])[:, None] + blocks.start
     # Past its end a sequence repeats its last block: those keys are finite, and masked.
-    blocks_SM = (first_S1 + torch.arange(num_blocks)).minimum((lens_S1 - 1) // size)
-    blocks_SM = batch.block_tables_SM[torch.tensor(picked)].gather(1, blocks_SM)
-    position_SC = first_S1 * size + torch.arange(num_blocks * size)
+    blocks_SM = (first_S1 + torch.arange(len(blocks))).minimum((lens_S1 - 1) // size)
+    pages = _pages(cache, tables_SM.gather(1, blocks_SM)).transpose(1, 2).flatten()
+    if blocks.start:
+        pages = torch.cat([_pages(cache, tables_SM[0, : blocks.start]).flatten(), pages])
+    position_SC = first_S1 * size + torch.arange(len(blocks) * size)
     seen_SC = position_SC < lens_S1
     if window is not None:
         seen_SC &= position_SC >= lens_S1 - window
-    mask_SC = _additive(seen_SC, cache)
-    heads = cache.shape.num_kv_heads
-    mask = mask_SC[:, None, None, :].expand(-1, heads, 1, -1).flatten(0, 1)
+    mask_HSC = _additive(seen_SC, cache).expand(heads, -1, -1)
     return DecodeGroup(
-        rows_S=None if rows is None else torch.tensor(rows, device=cache.device),
-        pages_2SHM=_pages(cache, blocks_SM),
-        num_seqs=len(picked),
-        num_tokens=num_blocks * size,
-        mask_SH1C=mask.contiguous(),
+        rows_S=None if len(rows) == batch.num_decodes else rows_S.to(cache.device),
+        num_seqs=len(rows),
+        pages=pages.to(cache.device),
+        num_shared=blocks.start * size,
+        num_tokens=len(blocks) * size,
+        mask_HS1C=mask_HSC.reshape(-1, 1, mask_HSC.shape[2]),
     )
 
 
@@ -162,7 +195,7 @@ def _chunk(batch: ModelInput, cache: PagedKVCache, seq: int, window: int | None)
     pages = None
     if keys > queries:
         blocks_M = batch.block_tables_SM[seq, first : -(-keys // size)]
-        pages = _pages(cache, blocks_M)
+        pages = _pages(cache, blocks_M).flatten().to(cache.device)
     query_q1 = torch.arange(keys - queries, keys)[:, None]
     key_c = torch.arange(first * size, keys)
     seen_qc = key_c <= query_q1
