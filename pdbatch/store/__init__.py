@@ -5,7 +5,7 @@
 Who answers for a request that has no terminal row: the worker in its hold, else the worker that
 claimed its shard, else the queue. Every change of that happens under the lock of the shard's row
 (on SQLite under the one write lock), so that each request ends in exactly one row and the counters
-of a shard always equal its rows. See `pdbatch.store.ledger` for the order of locks.
+of a shard always equal its rows. See `pdbatch.store.locks` for their order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where SQLite and PostgreSQL differ: settings, the clock, sets of ids, many rows at once.
 
 SQLite has one writer: `BEGIN IMMEDIATE` takes the one lock, and `FOR UPDATE` means nothing.
-PostgreSQL locks rows; see `pdbatch.store.ledger` for the order.
+PostgreSQL locks rows; see `pdbatch.store.locks` for the order.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, delete, select
 
 from pdbatch.ids import JobId, RequestIndex, WorkerId
 from pdbatch.states import AttemptState, ShardState
-from pdbatch.store import ledger
+from pdbatch.store import ledger, locks
 from pdbatch.store.database import Database
 from pdbatch.store.idsets import is_in
 from pdbatch.store.keys import row_id
@@ -37,10 +37,10 @@ class Holds:
 
         def run(conn: Connection) -> set[Key]:
             wanted = self._by_id(conn, keys)
-            if not wanted or not ledger.worker_lives(conn, worker):
+            if not wanted or not locks.worker_lives(conn, worker):
                 return set()
-            shards = ledger.shards_of(conn, wanted)
-            ledger.lock_shards(conn, set(shards.values()))
+            shards = locks.shards_of(conn, wanted)
+            locks.lock_shards(conn, set(shards.values()))
             done, holders = self._done_and_holders(conn, wanted)
             free = [id_ for id_ in sorted(shards) if id_ not in done and id_ not in holders]
             if free:
@@ -64,13 +64,13 @@ class Holds:
 
         def run(conn: Connection) -> set[Key]:
             wanted = self._by_id(conn, keys)
-            shards = ledger.shards_of(conn, wanted)
-            ledger.lock_shards(conn, set(shards.values()))
+            shards = locks.shards_of(conn, wanted)
+            locks.lock_shards(conn, set(shards.values()))
             mine = delete(HOLDS).where(is_in(HOLDS.c.id, wanted), HOLDS.c.worker_id == worker)
             dropped = list(conn.execute(mine.returning(HOLDS.c.id)).scalars())
             if failed:
                 ledger.count_loss(self._db, conn, dropped, self._max_attempts)
-            locked = ledger.lock_shards(conn, {shards[id_] for id_ in dropped})
+            locked = locks.lock_shards(conn, {shards[id_] for id_ in dropped})
             orphans = [row for row in locked.values() if row.state is ShardState.HANDED_OFF]
             ended_as = AttemptState.LOST if failed else AttemptState.GIVEN_BACK
             ledger.put_back(self._db, conn, orphans, ended_as)

@@ -18,7 +18,7 @@ from pdbatch.errors import IllegalTransition
 from pdbatch.ids import JobId, new_job_id
 from pdbatch.request import RequestError
 from pdbatch.states import TERMINAL_JOB_STATES, JobState, ShardState, check_job_move
-from pdbatch.store import ledger
+from pdbatch.store import ledger, locks
 from pdbatch.store.database import Database
 from pdbatch.store.idsets import is_in
 from pdbatch.store.jobviews import view_jobs
@@ -205,7 +205,7 @@ class Jobs:
             )
             ids = conn.execute(query.order_by(SHARDS.c.id).limit(_SHARDS_AT_ONCE)).scalars().all()
             if ids:
-                ledger.lock_shards(conn, ids)
+                locks.lock_shards(conn, ids)
                 requests = is_in(REQUESTS.c.shard_id, ids)
                 ledger.end_requests(self._db, conn, requests, ending_error(noted.ending, noted[1]))
                 self._finish_rejected(conn, is_in(SHARDS.c.id, ids))

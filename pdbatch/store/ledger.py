@@ -1,14 +1,7 @@
 """The moves that must agree: rows, counters of shards, holds, ends of shards and jobs.
 
-All functions here run inside one transaction of the caller. Who changes a row, a hold, or the
-owner of a request holds the lock of its shard's row; locks are taken in this order, so that
-no two transactions wait for each other:
-
-    1. the worker's row     shared by those that work in its name, alone by those that end its life
-    2. shards' rows         in the order of their ids
-    3. jobs' rows           in the order of their numbers, last, and only to end the job
-
-On SQLite the whole transaction holds the one write lock and the rest follows.
+All functions here run inside one transaction of the caller, which takes its locks as
+`pdbatch.store.locks` has it.
 """
 
 from __future__ import annotations
@@ -17,7 +10,6 @@ from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, select, update
-from sqlalchemy import exists as sql_exists
 
 from pdbatch.ids import WorkerId, request_key
 from pdbatch.request import RequestError, RequestOutput, StageTimes
@@ -34,7 +26,8 @@ from pdbatch.store.database import Database
 from pdbatch.store.dialects import ResultTuple
 from pdbatch.store.idsets import is_in
 from pdbatch.store.keys import job_no_of, request_index_of
-from pdbatch.store.models import ATTEMPTS, HOLDS, JOBS, REQUESTS, RESULTS, SHARDS, WORKERS
+from pdbatch.store.locks import ShardRow, lock_shards, without_row
+from pdbatch.store.models import ATTEMPTS, HOLDS, JOBS, REQUESTS, SHARDS
 
 _encode_json = msgspec.json.Encoder().encode
 OPEN_STATES = tuple(str(state) for state in ShardState if state is not ShardState.DONE)
@@ -67,90 +60,6 @@ class Terminal(msgspec.Struct):
     output_tokens: int = 0
     finish_reason: str | None = None
     times: StageTimes | None = None
-
-
-class ShardRow(msgspec.Struct, frozen=True):
-    """A shard as it stands under its lock."""
-
-    id: int
-    state: ShardState
-    attempt: int
-    claimed_by: str | None
-    claim_token: str | None
-    model: str
-    num_requests: int
-    num_done: int
-
-
-# --- locks
-
-
-_STATE_OF_WORKER = (
-    select(WORKERS.c.state)
-    .where(WORKERS.c.id == bindparam("worker"))
-    .with_for_update(read=True, key_share=True)
-)
-_SHARDS = (
-    select(
-        SHARDS.c.id,
-        SHARDS.c.state,
-        SHARDS.c.attempt,
-        SHARDS.c.claimed_by,
-        SHARDS.c.claim_token,
-        SHARDS.c.model,
-        SHARDS.c.num_requests,
-        (SHARDS.c.num_succeeded + SHARDS.c.num_rejected + SHARDS.c.num_failed).label("num_done"),
-    )
-    .where(is_in(SHARDS.c.id, "ids"))
-    .order_by(SHARDS.c.id)
-    .with_for_update(key_share=True)
-)
-_SHARDS_OF = select(REQUESTS.c.id, REQUESTS.c.shard_id).where(is_in(REQUESTS.c.id, "ids"))
-
-
-def worker_lives(conn: Connection, worker: WorkerId) -> bool:
-    """True when `worker` is live, and it stays so until this transaction ends."""
-    state = conn.execute(_STATE_OF_WORKER, {"worker": worker}).scalar_one_or_none()
-    return bool(state == "live")
-
-
-def lock_shards(conn: Connection, ids: Collection[int]) -> dict[int, ShardRow]:
-    """The shards' rows, locked until this transaction ends."""
-    if not ids:
-        return {}
-    found = conn.execute(_SHARDS, {"ids": ids})
-    return {row[0]: ShardRow(row[0], ShardState(row[1]), *row[2:]) for row in found}
-
-
-def shards_of(conn: Connection, requests: Collection[int]) -> dict[int, int]:
-    """The shard of each request that there is."""
-    found = conn.execute(_SHARDS_OF, {"ids": requests})
-    return {row[0]: row[1] for row in found}
-
-
-# --- questions
-
-
-def without_row() -> ColumnElement[bool]:
-    """Requests that have no terminal row."""
-    return ~sql_exists().where(RESULTS.c.id == REQUESTS.c.id)
-
-
-def without_holder() -> ColumnElement[bool]:
-    """Requests that no decode worker holds."""
-    return ~sql_exists().where(HOLDS.c.id == REQUESTS.c.id)
-
-
-def unheld_requests(conn: Connection, shards: Collection[int]) -> list[int]:
-    """Requests of these shards with neither a row nor a holder."""
-    if not shards:
-        return []
-    return list(conn.execute(_UNHELD, {"shards": shards}).scalars())
-
-
-_UNHELD = select(REQUESTS.c.id).where(
-    is_in(REQUESTS.c.shard_id, "shards"), without_row(), without_holder()
-)
 
 
 # --- rows

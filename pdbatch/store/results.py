@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, Select, literal_column, select
 from pdbatch.errors import StoreError
 from pdbatch.ids import JobId, RequestIndex, WorkerId
 from pdbatch.states import ResultStatus
-from pdbatch.store import ledger
+from pdbatch.store import ledger, locks
 from pdbatch.store.database import Database
 from pdbatch.store.keys import job_range, request_index_of, row_id
 from pdbatch.store.models import REQUESTS, RESULTS, SHARDS
@@ -62,7 +62,7 @@ class Results:
     def _terminal(self, conn: Connection, rows: Sequence[ResultRow]) -> list[ledger.Terminal]:
         numbers = {job: self._db.job_no(conn, job) for job in {row.job for row in rows}}
         ids = [row_id(numbers[row.job], row.index) for row in rows]
-        shards = ledger.shards_of(conn, ids)
+        shards = locks.shards_of(conn, ids)
         terminal = []
         for id_, row in zip(ids, rows, strict=True):
             if id_ not in shards:

@@ -8,11 +8,11 @@ from sqlalchemy import Connection, bindparam, insert, select, update
 
 from pdbatch.ids import JobId, ShardIndex, WorkerId
 from pdbatch.states import AttemptState, JobState, ShardState, check_shard_move
-from pdbatch.store import feeding, ledger
+from pdbatch.store import feeding, ledger, locks
 from pdbatch.store.database import Database
 from pdbatch.store.jobs import ending_error
 from pdbatch.store.keys import request_index_of, row_id
-from pdbatch.store.ledger import ShardRow
+from pdbatch.store.locks import ShardRow
 from pdbatch.store.models import ATTEMPTS, JOBS, REQUESTS, SHARDS
 from pdbatch.store.rows import ClaimedRequest, ClaimedShard, QueueDepth, ShardMessage
 
@@ -62,7 +62,7 @@ class Shards:
 
         def run(conn: Connection) -> ClaimedShard | None:
             no = self._db.job_no(conn, job)
-            if not ledger.worker_lives(conn, worker):
+            if not locks.worker_lives(conn, worker):
                 return None
             priority = _priority_in_progress(conn, no)
             found = self._find(conn, no, shard)
@@ -83,7 +83,7 @@ class Shards:
 
     def _find(self, conn: Connection, job_no: int, shard: int) -> ShardRow | None:
         id_ = row_id(job_no, shard)
-        return ledger.lock_shards(conn, [id_]).get(id_)
+        return locks.lock_shards(conn, [id_]).get(id_)
 
     def _note_claim(self, conn: Connection, shard: ShardRow, worker: WorkerId, token: str) -> None:
         check_shard_move(shard.state, ShardState.CLAIMED)
@@ -119,7 +119,7 @@ class Shards:
                 return False
             if found.state is not ShardState.CLAIMED or found.claimed_by != worker:
                 return found.state in (ShardState.HANDED_OFF, ShardState.DONE)
-            if ledger.unheld_requests(conn, [found.id]):
+            if locks.unheld_requests(conn, [found.id]):
                 ledger.put_back(self._db, conn, [found], AttemptState.GIVEN_BACK)
                 return False
             self._hand_over(conn, found.id, found.state)
@@ -145,7 +145,7 @@ class Shards:
             if found is None or found.attempt != attempt or found.claimed_by != worker:
                 return False
             if failed:
-                lost = ledger.unheld_requests(conn, [found.id])
+                lost = locks.unheld_requests(conn, [found.id])
                 ledger.count_loss(self._db, conn, lost, self._max_attempts)
                 found = self._find(conn, no, shard)
             if found is not None and found.state is ShardState.CLAIMED:
@@ -187,6 +187,6 @@ _CLAIM = (
 )
 _LEFT_TO_RUN = (
     select(REQUESTS.c.id, REQUESTS.c.body, REQUESTS.c.num_retries)
-    .where(REQUESTS.c.shard_id == bindparam("shard"), ledger.without_row(), ledger.without_holder())
+    .where(REQUESTS.c.shard_id == bindparam("shard"), locks.without_row(), locks.without_holder())
     .order_by(REQUESTS.c.id)
 )

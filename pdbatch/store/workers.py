@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from pdbatch.ids import WorkerId
 from pdbatch.states import AttemptState, ShardState
-from pdbatch.store import ledger
+from pdbatch.store import ledger, locks
 from pdbatch.store.database import Database
 from pdbatch.store.models import HOLDS, REQUESTS, SHARDS, WORKERS
 from pdbatch.store.rows import WorkerView, storable
@@ -130,16 +130,16 @@ class Workers:
         ended = {"state": state, "ended_at": db.dialect.now(conn)}
         conn.execute(update(WORKERS).where(WORKERS.c.id == worker).values(ended))
         claimed, handed = self._shards_of(conn, worker)
-        ledger.lock_shards(conn, claimed | handed)
+        locks.lock_shards(conn, claimed | handed)
         mine = delete(HOLDS).where(HOLDS.c.worker_id == worker).returning(HOLDS.c.id)
         dropped = set(conn.execute(mine).scalars())
         if failed:
-            lost = dropped | set(ledger.unheld_requests(conn, claimed))
+            lost = dropped | set(locks.unheld_requests(conn, claimed))
             ledger.count_loss(db, conn, lost, self._max_attempts)
-        touched = claimed | set(ledger.shards_of(conn, dropped).values())
+        touched = claimed | set(locks.shards_of(conn, dropped).values())
         orphans = [
             shard
-            for shard in ledger.lock_shards(conn, touched).values()
+            for shard in locks.lock_shards(conn, touched).values()
             if shard.claimed_by == worker or shard.state is ShardState.HANDED_OFF
         ]
         ended_as = AttemptState.LOST if failed else AttemptState.GIVEN_BACK

@@ -6,13 +6,13 @@ import pytest
 from sqlalchemy import ClauseElement, create_engine
 from sqlalchemy.dialects import sqlite
 
-from pdbatch.store import holds, ledger, results, shards
+from pdbatch.store import holds, ledger, locks, results, shards
 from pdbatch.store.database import parse_url
 
 HOT: dict[str, ClauseElement] = {
-    "lock shards": ledger._SHARDS,
-    "shards of requests": ledger._SHARDS_OF,
-    "unheld requests": ledger._UNHELD,
+    "lock shards": locks._SHARDS,
+    "shards of requests": locks._SHARDS_OF,
+    "unheld requests": locks._UNHELD,
     "end holds": ledger._END_HOLDS,
     "count": ledger._ADD_COUNTERS,
     "holders": holds._HOLDERS,
