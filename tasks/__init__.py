@@ -9,5 +9,7 @@
 from __future__ import annotations
 
 from tasks.app import app as celery
+from tasks.generate import GenerateFailed, GenerateRejected, generate
+from tasks.shards import prefill
 
-__all__ = ["celery"]
+__all__ = ["GenerateFailed", "GenerateRejected", "celery", "generate", "prefill"]
