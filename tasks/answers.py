@@ -15,7 +15,8 @@ from pdbatch.config import Settings
 from pdbatch.ids import JobId
 from pdbatch.states import TERMINAL_JOB_STATES
 from pdbatch.store import Store
-from tasks import generate, handover
+from tasks import handover
+from tasks.generate import GenerateFailed, job_of, outcome, start
 from tasks.worker.loop import Loop
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Answers:
 
     def cancel(self, task_id: str) -> None:
         """The task was revoked: its job is cancelled, nobody waits for it any more."""
-        job = generate.job_of(task_id)
+        job = job_of(task_id)
         self._open.pop(job, None)
         try:
             self._store.jobs.cancel(job)
@@ -75,7 +76,7 @@ class Answers:
             row = self._store.results.get(job, 0)
             done_one = self._open.pop(job, None)
             if done_one is not None:
-                done_one(lambda row=row: generate.outcome(row))  # type: ignore[misc]
+                done_one(lambda row=row: outcome(row))  # type: ignore[misc]
         return LOOK_EVERY_S
 
     def _take_in(
@@ -86,8 +87,8 @@ class Answers:
         done: Callable[[Outcome], None],
     ) -> None:
         try:
-            job = generate.start(self._store, self._settings, task_id, args, kwargs)
-        except generate.GenerateFailed as error:
+            job = start(self._store, self._settings, task_id, args, kwargs)
+        except GenerateFailed as error:
             done(handover.raising(error))
         except BaseException:
             self._new.put((task_id, args, kwargs, done))  # the database is away: again later
