@@ -15,12 +15,13 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 from pdbatch.engine.handoff import Claim, Registry, RegistryUnavailable
-
 from pdbatch.engine.messages import Adopt, Adoption, PullFailed
+from pdbatch.errors import UnknownJob
 from pdbatch.ids import WorkerId, split_key
-from pdbatch.store import Store
+from pdbatch.store import Key, Store
 from tasks.worker.loop import Loop
 from tasks.worker.room import Room
 
@@ -46,6 +47,7 @@ class Claims:
         room: Room,
         *,
         worker: Callable[[], WorkerId],
+        taking: AbstractContextManager[object],
         host: str,
         lease_s: float,
         claim_bytes: int,
@@ -54,7 +56,7 @@ class Claims:
         on_bug: Callable[[BaseException], None],
     ) -> None:
         self._registry, self._store, self._room = registry, store, room
-        self._worker, self._host = worker, host
+        self._worker, self._taking, self._host = worker, taking, host
         self._lease_s, self._claim_bytes = lease_s, claim_bytes
         self._may_claim, self._adopt = may_claim, adopt
         self._lock = threading.Lock()
@@ -62,6 +64,8 @@ class Claims:
         self._ended: queue.SimpleQueue[tuple[str, PullFailed | None]] = queue.SimpleQueue()
         self._unsettled: list[tuple[str, PullFailed | None]] = []
         self._idle_s = IDLE_WAIT_S
+        self._unsure: set[Key] = set()
+        """Holds that may be ours: the database did not answer."""
         away = (RegistryUnavailable,)
         self._claimer = Loop("claimer", self._claim, on_bug, away)
         self._loops = [
@@ -107,6 +111,13 @@ class Claims:
             loop.stop(timeout_s=2.0)
 
     def _claim(self) -> float:
+        with self._taking:
+            return self._claim_now()
+
+    def _claim_now(self) -> float:
+        if self._unsure:
+            self._store.holds.drop(self._worker(), self._unsure)
+            self._unsure.clear()
         count, room_bytes = self._room.left()
         count = min(count, MOST_AT_ONCE)
         if not count or not room_bytes or not self._may_claim():
@@ -126,8 +137,9 @@ class Claims:
     def _take(self, worker: WorkerId, claims: list[Claim]) -> None:
         keys = {claim.id: split_key(key_of(claim.id)) for claim in claims}
         try:
-            granted = self._store.holds.take(worker, list(keys.values()))
+            granted = self._granted(worker, list(keys.values()))
         except BaseException:
+            self._unsure.update(keys.values())
             with self._lock:  # not ours any more: the leases end, others claim
                 for claim in claims:
                     self._fences.pop(claim.id, None)
@@ -140,6 +152,15 @@ class Claims:
             self._room.claimed(claim.id, key_of(claim.id), claim.num_bytes)
         if mine:
             self._adopt(Adopt([Adoption(claim.id, claim.descriptor) for claim in mine]))
+
+    def _granted(self, worker: WorkerId, keys: list[Key]) -> set[Key]:
+        try:
+            return self._store.holds.take(worker, keys)
+        except UnknownJob as error:  # offered by a worker on another database
+            logger.error("a hand-off is dropped: %s", error)
+            if len(keys) == 1:
+                return set()
+            return set().union(*(self._granted(worker, [key]) for key in keys))
 
     def _settle(self) -> float:
         """Release what was pulled, report what failed; many at a time, again after an outage."""

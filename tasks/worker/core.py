@@ -21,18 +21,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
-from pdbatch.engine.handoff import Registry, open_registry
 
 from pdbatch.config import Settings
 from pdbatch.engine import messages as msg
+from pdbatch.engine.handoff import Registry, open_registry
 from pdbatch.engine.ipc import ChannelClosed
 from pdbatch.engine.spawn import EngineProcess
-from pdbatch.errors import EngineDied, EngineError, PdbatchError
+from pdbatch.errors import EngineDied, EngineError, StoreError, UnknownJob
 from pdbatch.formats import decode_spec
-from pdbatch.ids import JobId, RequestKey, ShardIndex, request_key, split_key
+from pdbatch.ids import JobId, RequestKey, ShardIndex, WorkerId, request_key, split_key
 from pdbatch.local.processes import worker_name
 from pdbatch.queues import connect
 from pdbatch.request import RequestError, RequestOutput
@@ -57,6 +57,17 @@ WATCH_EVERY_S = 2.0
 Over = Callable[[], None]
 
 
+class _Wanted(NamedTuple):
+    """A shard to be claimed."""
+
+    job: JobId
+    shard: ShardIndex
+    attempt: int
+    on_over: Over
+    unsure_of: WorkerId | None = None
+    """Who may have it already: a claim whose answer did not come."""
+
+
 class WorkerCore:
     """See the module. Raises from `start` what kept the engine from starting."""
 
@@ -69,7 +80,7 @@ class WorkerCore:
         self.stats: msg.Stats | None = None
         self.offers: Offers | None = None
         self.claims: Claims | None = None
-        self._wanted: queue.SimpleQueue[tuple[JobId, ShardIndex, int, Over]] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[_Wanted] = queue.SimpleQueue()
         self._over: queue.SimpleQueue[tuple[OpenShard, Over]] = queue.SimpleQueue()
         self._draining = False
         self._dying = threading.Lock()
@@ -78,11 +89,17 @@ class WorkerCore:
 
     # --- start
 
-    def start(self) -> None:
-        """Start the engine and wait until it is ready; then take part."""
+    def start(self, while_waiting: Callable[[], None] = lambda: None) -> None:
+        """Start the engine and wait until it is ready; then take part.
+
+        `while_waiting` is called twice a second until then; what it raises ends the start."""
         config = engine_config(self.settings, worker=self.name, host=self.host)
         self.engine = EngineProcess.start(config)
-        self.info = self._await_ready()
+        try:
+            self.info = self._await_ready(while_waiting)
+        except BaseException:
+            self.engine.kill()
+            raise
         self.writer = ResultWriter(
             self.store,
             lambda: self.life.id,
@@ -120,13 +137,13 @@ class WorkerCore:
             self.info.device,
         )
 
-    def _await_ready(self) -> msg.EngineInfo:
+    def _await_ready(self, while_waiting: Callable[[], None]) -> msg.EngineInfo:
         while True:
-            event = self.engine.channel.receive()
+            event = self.engine.channel.receive(timeout_s=0.5)
+            while_waiting()
             if isinstance(event, msg.Ready):
                 return event.info
             if isinstance(event, msg.Fatal):
-                self.engine.close()
                 raise EngineError(f"{event.error}: {event.message}")
 
     def _open_registry(self) -> None:
@@ -156,6 +173,7 @@ class WorkerCore:
             self.store,
             self.room,
             worker=lambda: self.life.id,
+            taking=self.life.taking,
             host=self.host,
             lease_s=self.settings.claim_lease_s,
             claim_bytes=self.settings.claim_bytes,
@@ -169,7 +187,7 @@ class WorkerCore:
     def submit_shard(self, job: str, shard: int, attempt: int, on_over: Over) -> None:
         """Claim it and run what is left of it. `on_over` is called once, from some thread: when
         all its requests have left, or at once where the claim is refused."""
-        self._wanted.put((JobId(job), ShardIndex(shard), attempt, on_over))
+        self._wanted.put(_Wanted(JobId(job), ShardIndex(shard), attempt, on_over))
 
     def cancel_shard(self, job: str, shard: int) -> None:
         """Rows `batch_cancelled` for what has none; its requests are dropped here."""
@@ -181,22 +199,35 @@ class WorkerCore:
         if self.writer.is_full:
             return 0.1
         try:
-            job, shard, attempt, on_over = self._wanted.get(timeout=0.5)
+            wanted = self._wanted.get(timeout=0.5)
         except queue.Empty:
             return 0.0
         if self._draining:
-            on_over()
+            wanted.on_over()
             return 0.0
         try:
-            claimed = self.store.shards.claim(self.life.id, job, shard, attempt)
-        except PdbatchError:
-            self._wanted.put((job, shard, attempt, on_over))
+            with self.life.taking:
+                taken = self._take(wanted)
+        except StoreError:
+            self._wanted.put(wanted._replace(unsure_of=self.life.id))
             raise
-        if claimed is None:
-            on_over()
-            return 0.0
-        self._submit(claimed, on_over)
+        if not taken:
+            wanted.on_over()
         return 0.0
+
+    def _take(self, wanted: _Wanted) -> bool:
+        """Claim and submit; False where there is nothing to run."""
+        job, shard, attempt = wanted.job, wanted.shard, wanted.attempt
+        try:
+            if wanted.unsure_of:  # the answer to an earlier claim may have been lost
+                self.store.shards.give_back(wanted.unsure_of, job, shard, attempt)
+            claimed = self.store.shards.claim(self.life.id, job, shard, attempt)
+        except UnknownJob as error:
+            logger.error("a message is dropped: %s", error)  # it is of another database
+            return False
+        if claimed is not None:
+            self._submit(claimed, wanted.on_over)
+        return claimed is not None
 
     def _submit(self, claimed: ClaimedShard, on_over: Over) -> None:
         requests: list[msg.EngineRequest] = []
@@ -233,7 +264,7 @@ class WorkerCore:
         if self.settings.role == "prefill":
             try:
                 self.store.shards.hand_off(self.life.id, shard.job, shard.shard, shard.attempt)
-            except PdbatchError:
+            except StoreError:
                 self._over.put((shard, on_over))
                 raise
         on_over()
@@ -358,7 +389,7 @@ class WorkerCore:
         self._drained.set()
         try:
             self.life.end()
-        except PdbatchError as error:
+        except StoreError as error:
             logger.warning("could not sign off; the reconciler will notice: %s", error)
         self.close()
 

@@ -3,11 +3,16 @@
 A refused sign of life means that the worker was declared dead and its work given to others (it was
 stopped, or cut off, for longer than its time to live). It drops everything and begins a new life,
 with a new epoch, so that nothing it offered before can be used.
+
+Who takes work in the worker's name holds `taking` from the reading of `id` until the work is known
+to the memory that a new life clears. Else a new life could take what is then dropped as the old
+one's: held in SQL by a live worker, and run by nobody.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,6 +45,7 @@ class Life:
         self._store, self._settings, self._info = store, settings, info
         self._name, self._host = name, host
         self._stats, self._on_fenced = stats, on_fenced
+        self.taking = threading.Lock()
         self.id = self._register()
         self._loop = Loop("heart", self._beat, on_bug)
 
@@ -74,6 +80,7 @@ class Life:
     def _beat(self) -> float:
         if not self._store.workers.heartbeat(self.id, self._stats()):
             logger.warning("%s was declared dead; it drops its work and begins anew", self.id)
-            self.id = self._register()
-            self._on_fenced(self.epoch)
+            with self.taking:
+                self.id = self._register()
+                self._on_fenced(self.epoch)
         return self._settings.heartbeat_s
