@@ -24,12 +24,9 @@ from celery.worker.request import Request
 from pdbatch.config import Settings
 from pdbatch.local.processes import POOL, with_broker, worker_name, worker_queues
 from pdbatch.queues import GENERATE_QUEUE, GENERATE_TASK
+from tasks.leases import VISIBILITY_S, owed
 
 logger = logging.getLogger(__name__)
-
-_VISIBILITY_S = 300
-"""A message that a worker took and never acknowledged comes back after this. A shard's is then
-refused by the claim or was published again long before; `generate`'s finds its job again."""
 
 
 @cache
@@ -47,7 +44,7 @@ def build_app(given: Settings | None = None) -> Celery:
         set_as_current=given is None,
     )
     celery_app.add_defaults(lambda: configuration(with_broker(given) if given else settings()))
-    celery_app.steps["consumer"].add("tasks.lanes:Lanes")
+    celery_app.steps["consumer"] |= {"tasks.lanes:Lanes", "tasks.leases:Leases"}
     return celery_app
 
 
@@ -62,7 +59,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "broker_transport_options": {
-            "visibility_timeout": _VISIBILITY_S,
+            "visibility_timeout": VISIBILITY_S,
             "unacked_restore_interval": 5,
             "unacked_restore_throttle": 1,
             "unacked_mutex_expire": 30,
@@ -136,6 +133,9 @@ class SteadyRequest(Request):  # type: ignore[misc]
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             logger.warning("message %s was not %s, it may come again: %s", self.id, verb, reason)
+            tag = getattr(self.message, "delivery_tag", None)
+            if verb == "acknowledged" and tag is not None:
+                owed.append(tag)
 
 
 class SteadyTask(Task):  # type: ignore[misc]

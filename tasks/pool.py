@@ -25,6 +25,7 @@ from typing import Any
 
 from celery import signals
 from celery.concurrency.base import BasePool
+from celery.worker import state
 
 from pdbatch.queues import GENERATE_TASK, PREFILL_TASK
 from tasks import handover
@@ -34,7 +35,8 @@ from tasks.worker.core import WorkerCore
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S = 20.0
+DRAIN_S = 12.0
+"""Less than what supervisors grant (20 s and more), so that the worker signs off by itself."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +81,7 @@ class EnginePool(BasePool):  # type: ignore[misc]
         """Start the engine; raises what keeps it from starting, which ends the worker."""
         self._settings = settings()
         self.core = WorkerCore(self._settings)
-        self.core.start()
+        self.core.start(state.maybe_shutdown)
         self._outcomes = ThreadPoolExecutor(1, thread_name_prefix="pdbatch-outcomes")
         self._others = ThreadPoolExecutor(2, thread_name_prefix="pdbatch-tasks")
         self._answers = Answers(self.core.store, self._settings, self.core.die)
@@ -98,7 +100,21 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self._outcomes.shutdown(wait=True)
         self._others.shutdown(wait=True, cancel_futures=True)
         self._deliver()
+        self._let_go()
         self.core = None
+
+    def _let_go(self) -> None:
+        """Messages of what was not done in time: a shard is back in the queue by SQL, its message
+        has done its duty; a `generate` is for another worker, at once."""
+        for place in list(self._places.values()):
+            request = state.requests.get(place.task_id)
+            if request is None or place.ended:
+                continue
+            place.ended = True
+            if place.name == PREFILL_TASK:
+                request.acknowledge()
+            elif place.name == GENERATE_TASK:
+                request.reject(requeue=True)
 
     def on_terminate(self) -> None:
         """Cold shutdown: the same without waiting."""
