@@ -30,6 +30,7 @@ _READ = select.POLLIN
 _WRITE = select.POLLOUT
 
 Message = TypeVar("Message")
+First = TypeVar("First")
 
 
 class ChannelClosed(EngineDied):
@@ -48,7 +49,8 @@ class Channel(Generic[Message]):
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(incoming)
         self._buffer = bytearray()
-        self._ready: deque[Message] = deque()
+        self._ready: deque[bytes] = deque()
+        """Whole frames, not decoded yet."""
         self._ended = False
         self._send_lock = threading.Lock()
         self._receive_lock = threading.RLock()
@@ -86,13 +88,23 @@ class Channel(Generic[Message]):
                 if not _wait(self._socket, _READ, left_s):
                     return None
                 self._fill()
-            return self._ready.popleft()
+            return self._decoder.decode(self._ready.popleft())
+
+    def receive_as(self, kind: type[First]) -> First:
+        """The next message, of another type than the rest; waits. Raises ChannelClosed."""
+        with self._receive_lock:
+            while not self._ready:
+                if self._ended:
+                    raise ChannelClosed("the other process closed the channel")
+                _wait(self._socket, _READ, None)
+                self._fill()
+            return msgspec.msgpack.decode(self._ready.popleft(), type=kind)
 
     def receive_all(self) -> list[Message]:
         """Every message that has come, without waiting. Raises ChannelClosed if none and ended."""
         with self._receive_lock:
             self._fill()
-            messages = list(self._ready)
+            messages = [self._decoder.decode(frame) for frame in self._ready]
             self._ready.clear()
             if not messages and self._ended:
                 raise ChannelClosed("the other process closed the channel")
@@ -151,7 +163,7 @@ class Channel(Generic[Message]):
                 end = body + int.from_bytes(view[start:body], "big")
                 if end > size:
                     break
-                self._ready.append(self._decoder.decode(view[body:end]))
+                self._ready.append(bytes(view[body:end]))
                 start = end
         del self._buffer[:start]
 

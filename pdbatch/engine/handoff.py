@@ -1,0 +1,246 @@
+"""The hand-off: an engine's end of it, and what the main process needs. Alone in importing kvxfer.
+
+Who owns a block, as half-open intervals:
+
+    [allocated, pinned)              the sequence, on the prefill engine
+    [pin, unpin)                     the producer here: peers read it, nobody writes it
+    [start_pull, its PullResult)     the pull here: one of its threads writes it
+    [PullResult, freed)              the sequence, on the decode engine
+
+What proves that the KV is the right one:
+
+    before the read    layout's fingerprint; the payload's prompt hashes to the descriptor's hash
+    after the read     the producer's epoch and every block's generation are what they were when
+                       the blocks were pinned; the prompt's hash once more
+
+Anything else ends as a `PullResult` with the error's name, and nothing of it is decoded. Pulls
+run on threads of their own (`pull_threads`), so decode steps go on meanwhile; with none they run
+where they are started. `fileno` becomes readable when one has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from kvxfer import (
+    Claim,
+    Ended,
+    KVConsumer,
+    KVDescriptor,
+    KVLayout,
+    KVProducer,
+    KVTransferError,
+    MemoryRegistry,
+    MemTransport,
+    Publication,
+    RedisRegistry,
+    Region,
+    Registry,
+    RegistryUnavailable,
+    ShmTransport,
+    TcpTransport,
+    Transport,
+    token_hash,
+)
+from pdbatch.engine.config import EngineConfig
+from pdbatch.engine.messages import Adoption, Handoff
+from pdbatch.engine.payload import HandoffPayload, decode_payload, encode_payload, unpack_tokens
+from pdbatch.engine.ports import Incoming, PullRefused, PullResult
+from pdbatch.errors import ConfigError
+
+__all__ = [
+    "Claim",
+    "Ended",
+    "KVLayout",
+    "KVTransfers",
+    "MemoryRegistry",
+    "Publication",
+    "Region",
+    "Registry",
+    "RegistryUnavailable",
+    "open_registry",
+    "prompt_hash",
+    "transports",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def open_registry(client: Any, model: str, layout: str) -> Registry:
+    """Where hand-offs of one model and layout (`EngineInfo.layout`) are offered and claimed.
+
+    `client` is a `redis.Redis` that gives bytes. Touches nothing until it is used.
+    """
+    return RedisRegistry(client, f"pdbatch:kv:{model}:{layout}")
+
+
+def transports(config: EngineConfig) -> list[Transport]:
+    """The ways that the configuration names, best first. Raises ConfigError for an unknown one."""
+    makers: dict[str, Callable[[], Transport]] = {
+        "mem": MemTransport,
+        "shm": lambda: ShmTransport(config.host),
+        "tcp": lambda: TcpTransport(config.secret, listen_host=config.listen_host),
+    }
+    unknown = [name for name in config.kv_transport if name not in makers]
+    if unknown or not config.kv_transport:
+        raise ConfigError(
+            f"kv_transport names {unknown or 'nothing'}", remedy=f"use some of {list(makers)}"
+        )
+    return [makers[name]() for name in config.kv_transport]
+
+
+class KVTransfers:
+    """See the module and `pdbatch.engine.ports.Transfers`. Owns the region given to it."""
+
+    def __init__(
+        self,
+        region: Region,
+        layout: KVLayout,
+        config: EngineConfig,
+        *,
+        ways: Sequence[Transport] | None = None,
+        pull_threads: int = 2,
+    ) -> None:
+        """`ways` replaces the configured transports (tests bring faults that way)."""
+        self._region = region
+        self._layout = layout
+        self._timeout_s = config.kv_read_timeout_s
+        self._ways = list(ways) if ways is not None else transports(config)
+        self._producer: KVProducer | None = None
+        self._consumer: KVConsumer | None = None
+        if config.role != "decode":
+            self._producer = KVProducer(
+                region,
+                self._ways,
+                layout=layout,
+                producer=config.worker,
+                host=config.host,
+                epoch=config.epoch,
+            )
+        if config.role != "prefill":
+            self._consumer = KVConsumer(region, self._ways, layout=layout)
+        self._threads: ThreadPoolExecutor | None = None
+        if pull_threads and self._consumer is not None:
+            self._threads = ThreadPoolExecutor(pull_threads, thread_name_prefix="pdbatch-pull")
+        self._ended: deque[PullResult] = deque()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    # --- producer's end
+
+    def pin(
+        self,
+        handoff_id: str,
+        blocks: Sequence[int],
+        prompt: list[int],
+        payload: HandoffPayload,
+    ) -> Handoff:
+        """Offer these blocks' KV to peers until `unpin`."""
+        assert self._producer is not None, "a decode engine pins nothing"
+        described = self._producer.pin(handoff_id, blocks, prompt, encode_payload(payload))
+        return Handoff(payload.key, handoff_id, described.to_json(), described.num_bytes)
+
+    def unpin(self, handoff_id: str) -> None:
+        """Stop offering."""
+        if self._producer is not None:
+            self._producer.unpin(handoff_id)
+
+    # --- consumer's end
+
+    def read(self, adoption: Adoption) -> Incoming:
+        """Decode and prove a descriptor. Raises PullRefused."""
+        key = adoption.handoff_id.partition("/")[0]
+        try:
+            descriptor = KVDescriptor.from_json(adoption.descriptor)
+            payload = decode_payload(descriptor.payload)
+            prompt = unpack_tokens(payload.prompt)
+            descriptor.prove_tokens(prompt)
+        except KVTransferError as error:
+            raise PullRefused(type(error).__name__, str(error), key) from error
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise PullRefused("BadDescriptor", f"its payload: {error}", key) from error
+        if descriptor.layout != self._layout.fingerprint:
+            message = f"it has layout {descriptor.layout}, ours is {self._layout.fingerprint}"
+            raise PullRefused("LayoutMismatch", message, key)
+        blocks = -(-len(prompt) // self._layout.block_size)
+        if descriptor.num_tokens != len(prompt) or len(descriptor.block_ids) != blocks:
+            message = (
+                f"{len(prompt)} tokens in the payload, {descriptor.num_tokens} in the descriptor, "
+                f"{len(descriptor.block_ids)} blocks"
+            )
+            raise PullRefused("BadDescriptor", message, key)
+        return Incoming(adoption.handoff_id, payload, prompt, descriptor)
+
+    def start_pull(self, incoming: Incoming, blocks: Sequence[int], skip: int) -> None:
+        """Begin to read the KV into `blocks`; the first `skip` of them have it already."""
+        target = tuple(blocks[skip:])
+        if self._threads is None:
+            self._ended.append(self._pull(incoming, target, skip))
+            return
+        self._threads.submit(self._pull_aside, incoming, target, skip)
+
+    def finished_pulls(self) -> list[PullResult]:
+        """Pulls that ended since the last call; never waits. `fileno` is unreadable afterwards."""
+        if self._threads is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+        ended = []
+        while self._ended:
+            ended.append(self._ended.popleft())
+        return ended
+
+    def fileno(self) -> int:
+        """Readable when a pull has ended, until `finished_pulls`."""
+        return self._wake_fd
+
+    # --- both
+
+    def reset(self, epoch: int) -> None:
+        """Go on under a new epoch; what was offered is void, what peers read now fails."""
+        if self._producer is not None:
+            self._producer.reset(epoch)
+        else:
+            self._region.epoch = epoch
+        self._region.bump(range(self._region.num_blocks))
+
+    def close(self) -> None:
+        """Stop serving; wait for pulls under way. The region's memory goes with its last view."""
+        self._region.revoke()
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+        for way in self._ways:
+            way.close()
+        self._region.close()
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+
+    def _pull_aside(self, incoming: Incoming, target: tuple[int, ...], skip: int) -> None:
+        self._ended.append(self._pull(incoming, target, skip))
+        os.eventfd_write(self._wake_fd, 1)
+
+    def _pull(self, incoming: Incoming, target: tuple[int, ...], skip: int) -> PullResult:
+        """One read, proved; every failure becomes a result."""
+        assert self._consumer is not None, "a prefill engine pulls nothing"
+        try:
+            stats = self._consumer.pull(
+                incoming.descriptor, target, skip_blocks=skip, timeout_s=self._timeout_s
+            )
+            incoming.descriptor.prove_tokens(incoming.prompt_token_ids)
+        except Exception as error:
+            if not isinstance(error, KVTransferError):
+                logger.exception("the pull of %s failed", incoming.handoff_id)
+            return PullResult(incoming.handoff_id, code=type(error).__name__, message=str(error))
+        return PullResult(incoming.handoff_id, stats.num_bytes, stats.seconds)
+
+
+def prompt_hash(token_ids: Sequence[int]) -> bytes:
+    """The hash that a descriptor proves its prompt by, as bytes."""
+    return bytes.fromhex(token_hash(token_ids))

@@ -1,0 +1,140 @@
+"""The engine with no queue at all: `LLM(model).generate(prompts, SamplingParams(...))`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdbatch.engine.config import EngineConfig
+from pdbatch.engine.messages import EngineRequest, Finished
+from pdbatch.errors import UsageError
+from pdbatch.request import RequestOutput, RequestSpec
+from pdbatch.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from pdbatch.engine.loader import LoadedModel
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+"""Text, token ids, or the messages of a chat."""
+
+
+class LLM:
+    """One model in this process, for many prompts at a time. Not safe for several threads.
+
+    `model` is an alias, a folder, a GGUF file or a hub name; or a `LoadedModel`. The keywords are
+    those of `EngineConfig`. Raises ModelError, ConfigError.
+    """
+
+    def __init__(
+        self,
+        model: str | LoadedModel = "smollm2-135m",
+        *,
+        home: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_model_len: int | None = None,
+        enable_prefix_caching: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        from pdbatch.engine.build import build_engine
+
+        config = EngineConfig(
+            model=model if isinstance(model, str) else model.name,
+            home=str(home or os.environ.get("PDBATCH_HOME") or Path.home() / ".pdbatch"),
+            device=device,
+            dtype=dtype,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_cache_bytes=kv_cache_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            enable_prefix_caching=enable_prefix_caching,
+            threads=threads,
+            worker="llm",
+        )
+        loaded = None if isinstance(model, str) else model
+        self.engine = build_engine(config, loaded, keep_prompts=True)
+        self._count = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Outputs in the order of the prompts; one that cannot run has `error` instead.
+
+        `sampling` is for all prompts, or one for each. `progress` is called with (done, total).
+        Raises UsageError if prompts and sampling do not go together.
+        """
+        asked = _prompts(prompts)
+        if sampling is None or isinstance(sampling, SamplingParams):
+            chosen = [sampling or SamplingParams()] * len(asked)
+        else:
+            chosen = list(sampling)
+        if len(chosen) != len(asked):
+            raise UsageError(f"{len(asked)} prompts, but {len(chosen)} sampling parameters")
+        keys: dict[str, int] = {}
+        for spec, params in zip(asked, chosen, strict=True):
+            keys[f"llm:{self._count}"] = len(keys)
+            request = EngineRequest(key=f"llm:{self._count}", spec=with_sampling(spec, params))
+            self._count += 1
+            self.engine.add(request)
+        try:
+            return self._run(keys, progress)
+        except BaseException:
+            for key in keys:
+                self.engine.abort(key)
+            raise
+
+    def _run(
+        self, keys: dict[str, int], progress: Callable[[int, int], None] | None
+    ) -> list[RequestOutput]:
+        outputs: list[RequestOutput | None] = [None] * len(keys)
+        done = 0
+        while done < len(keys):
+            for event in self.engine.step():
+                if isinstance(event, Finished):
+                    for output in event.outputs:
+                        outputs[keys[output.key]] = output
+                    done += len(event.outputs)
+                    if progress is not None:
+                        progress(done, len(keys))
+        return [output for output in outputs if output is not None]
+
+
+def with_sampling(spec: RequestSpec, sampling: SamplingParams) -> RequestSpec:
+    """The same request with another sampling."""
+    import msgspec
+
+    return msgspec.structs.replace(spec, sampling=sampling)
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[RequestSpec]:
+    """Specs of one prompt or of many."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict))):
+        return [_spec(prompts)]  # type: ignore[arg-type]
+    return [_spec(prompt) for prompt in prompts]  # type: ignore[arg-type]
+
+
+def _spec(prompt: Prompt) -> RequestSpec:
+    if isinstance(prompt, str):
+        return RequestSpec(prompt=prompt)
+    first = prompt[0] if prompt else 0
+    if isinstance(first, dict):
+        messages: list[Any] = list(prompt)
+        return RequestSpec(endpoint="/v1/chat/completions", messages=messages)
+    if not isinstance(first, int):
+        raise UsageError(f"a prompt is text, token ids or messages, not a list of {type(first)}")
+    return RequestSpec(prompt_token_ids=tuple(prompt))  # type: ignore[arg-type]
