@@ -39,7 +39,7 @@ DRAIN_S = 12.0
 """Less than what supervisors grant (20 s and more), so that the worker signs off by itself."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Place:
     """One task in the pool; what `on_apply` returns, so that a revoke finds it."""
 

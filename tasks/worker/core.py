@@ -286,22 +286,22 @@ class WorkerCore:
         match event:
             case msg.Finished(outputs):
                 self.writer.put(outputs)
-                if self.claims:
+                if self.claims is not None:
                     for output in outputs:
                         self.room.gone(output.key)
                     self.claims.wake()
             case msg.Prefilled(handoffs):
-                assert self.offers, "only a prefill engine hands off"
+                assert self.offers is not None, "only a prefill engine hands off"
                 self.offers.take(handoffs)
             case msg.Pulled(handoff_ids):
-                assert self.claims
+                assert self.claims is not None
                 self.claims.pulled(handoff_ids)
             case msg.PullFailed():
-                assert self.claims
+                assert self.claims is not None
                 self.claims.failed(event)
             case msg.Stats():
                 self.stats = event
-                if self.claims:
+                if self.claims is not None:
                     self.room.update(event)
                     self.claims.wake()
             case msg.Drained():
@@ -344,7 +344,7 @@ class WorkerCore:
     def _watch(self) -> float:
         """Drop the work of jobs that ended otherwise (cancelled, expired)."""
         jobs = self.shards.jobs()
-        keys = self.room.inside() if self.claims else []
+        keys = self.room.inside() if self.claims is not None else []
         held = {split_key(key)[0] for key in keys}
         states = self.store.jobs.states(jobs | held) if jobs or held else {}
         over = {job for job in jobs | held if states.get(job, JobState.FAILED) in _DROP}
@@ -360,15 +360,15 @@ class WorkerCore:
 
     def _drop(self, shard: OpenShard) -> None:
         keys = list(shard.left)
-        if self.offers:
+        if self.offers is not None:
             self.offers.withdraw(keys)
         self._send(msg.Abort(list(map(str, keys))))
         self.shards.leave(keys)
 
     def _on_fenced(self, epoch: int) -> None:
-        if self.offers:
+        if self.offers is not None:
             self.offers.withdraw()
-        if self.claims:
+        if self.claims is not None:
             self.claims.clear()
             self.room.clear()
         self._send(msg.Reset(epoch))
@@ -379,11 +379,11 @@ class WorkerCore:
         """Take nothing new, end what runs within the deadline, give the rest back, leave."""
         deadline = time.monotonic() + deadline_s
         self._draining = True
-        if self.claims:
+        if self.claims is not None:
             self.claims.stop_claiming()
         self._send(msg.Drain())
         self._drained.wait(max(0.0, deadline - time.monotonic()))
-        while self.offers and len(self.offers) and time.monotonic() < deadline:
+        while self.offers is not None and len(self.offers) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.writer.flush(max(1.0, deadline - time.monotonic()))
         self._drained.set()
@@ -424,7 +424,7 @@ class WorkerCore:
                 self.store.shards.give_back(
                     self.life.id, shard.job, shard.shard, shard.attempt, failed=True
                 )
-            if self.claims:
+            if self.claims is not None:
                 self.store.holds.drop(
                     self.life.id, [split_key(key) for key in self.room.inside()], failed=True
                 )
