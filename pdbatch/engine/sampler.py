@@ -21,8 +21,8 @@ from pdbatch.engine import rng
 from pdbatch.engine.model_input import SampledToken, SamplingState
 from pdbatch.engine.penalties import adjust, is_adjusted
 
-_NUCLEUS = 1024
-"""top_p looks among so many likeliest tokens first; only where they fall short are all sorted."""
+_NUCLEUS = (256, 4096)
+"""top_p looks among so many likeliest tokens; only where they fall short are all sorted."""
 
 
 class Sampler:
@@ -40,7 +40,8 @@ class Sampler:
         special = [s for s, state in enumerate(states) if _is_special(state)]
         chosen: list[int] = [0] * len(states)
         if len(special) < len(states):
-            chosen = logits_SV.argmax(-1).tolist()
+            on_cpu = logits_SV.device.type == "cpu"  # where halves are compared one by one
+            chosen = (logits_SV.float() if on_cpu else logits_SV).argmax(-1).tolist()
         if special:
             picked = [states[s] for s in special]
             tokens_R = self._choose(_rows(logits_SV, special).float(), picked)
@@ -133,24 +134,25 @@ def _keep_top_p(probs_RV: torch.Tensor, top_p: list[float]) -> None:
         return
     part = _rows(probs_RV, rows)
     limit_R1 = _column([top_p[r] for r in rows], part.device)
-    best_RK = part.topk(min(_NUCLEUS, part.shape[1]), -1).values
-    floor_R1, enough_R = _nucleus_floor(best_RK, limit_R1)
-    short = (~enough_R).nonzero().flatten()
-    if short.numel():
-        whole = part.index_select(0, short).sort(-1, descending=True).values
-        floor_R1[short] = _nucleus_floor(whole, limit_R1.index_select(0, short))[0]
+    floor_R1 = torch.zeros_like(limit_R1)
+    short = torch.arange(len(rows), device=part.device)
+    for count in (*_NUCLEUS, part.shape[1]):
+        best = _best(part.index_select(0, short), count)
+        cumulated = best.cumsum(-1)
+        before = (cumulated < limit_R1[short]).sum(-1, keepdim=True)
+        floor_R1[short] = best.gather(1, before.clamp(max=best.shape[1] - 1))
+        short = short[before.squeeze(1) >= best.shape[1]]
+        if not short.numel() or best.shape[1] == part.shape[1]:
+            break
     part.masked_fill_(part < floor_R1, 0.0)
     probs_RV[rows] = part
 
 
-def _nucleus_floor(
-    best_RK: torch.Tensor, limit_R1: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least probability in the nucleus [R, 1], and whether these candidates hold it [R]."""
-    cumulated = best_RK.cumsum(-1)
-    before = (cumulated < limit_R1).sum(-1, keepdim=True)
-    enough = before.squeeze(1) < best_RK.shape[1]
-    return best_RK.gather(1, before.clamp_(max=best_RK.shape[1] - 1)), enough
+def _best(values_RV: torch.Tensor, count: int) -> torch.Tensor:
+    """Each row's greatest values in falling order; all of them if there are no more."""
+    if count >= values_RV.shape[1]:
+        return values_RV.sort(-1, descending=True).values
+    return values_RV.topk(count, -1).values
 
 
 def _report(logprobs_RV: torch.Tensor, wanted: list[tuple[int, int]]) -> list[SampledToken]:
