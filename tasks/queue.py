@@ -10,17 +10,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from celery import Celery
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
-from pdbatch.queues import PREFILL_TASK, queue_name
+from pdbatch.queues import PREFILL_TASK, connect, queue_name
 from pdbatch.store import QueueDepth, ShardMessage
 
 _QUEUED_AT: Final = "queued_at"
-_SOCKET_TIMEOUT_S = 10.0
+_TIMEOUT_S = 1.5
+"""Nothing here waits in Redis, so an answer that takes longer will not come."""
 _AT_ONCE = 500
+
+
+def open_client(url: str) -> Redis:
+    """A client that answers or fails soon: whoever uses it tries again in its own time."""
+    client = connect(url, timeout_s=_TIMEOUT_S)
+    client.set_retry(Retry(NoBackoff(), 0))
+    return client
 
 
 def task_id(message: ShardMessage) -> str:
@@ -91,7 +102,7 @@ class Publisher:
         if self._producer is None:
             options = self._app.conf.broker_transport_options
             self._connection = self._app.connection_for_write(
-                transport_options={**options, "socket_timeout": _SOCKET_TIMEOUT_S}
+                transport_options={**options, "socket_timeout": _TIMEOUT_S}
             )
             channel = self._connection.channel()  # one try; the default channel tries for ever
             self._producer = self._app.amqp.Producer(channel, auto_declare=False)
@@ -116,4 +127,5 @@ class Publisher:
         """Gives the connection up."""
         connection, self._connection, self._producer = self._connection, None, None
         if connection is not None:
-            connection.collapse()
+            with suppress(Exception):  # it may be the one that failed
+                connection.release()

@@ -25,10 +25,9 @@ from redis import RedisError
 from pdbatch.config import Settings
 from pdbatch.errors import PdbatchError
 from pdbatch.local.database import prepare
-from pdbatch.queues import connect
 from pdbatch.store import Store
 from tasks.feeder import Feeder
-from tasks.queue import Publisher
+from tasks.queue import Publisher, open_client
 from tasks.reconciler import Reconciler
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class Service:
 
     def __init__(self, settings: Settings, store: Store, app: Celery) -> None:
         self._every_s = settings.reconcile_every_s
-        self._client = connect(settings.broker_url or "")
+        self._client = open_client(settings.broker_url or "")
         self._publisher = Publisher(app)
         self.feeder = Feeder(store, self._client, self._publisher, settings)
         self.reconciler = Reconciler(store, self._client, settings)
