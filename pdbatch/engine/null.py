@@ -228,7 +228,7 @@ class NullEngine:
                 (ended,) = self._transfers.finished_pulls()
                 if ended.code is not None:
                     raise PullRefused(ended.code, ended.message, key)
-                self._compare(incoming.prompt_token_ids, blocks, key)
+                self._compare(bytes.fromhex(incoming.descriptor.token_hash), blocks, key)
             finally:
                 self._pool.release(blocks)
         except PullRefused as refused:
@@ -243,8 +243,7 @@ class NullEngine:
         prompt = len(incoming.prompt_token_ids)
         self._finish(payload.key, payload.sampling, prompt, times, payload.prefill_worker)
 
-    def _compare(self, prompt: list[int], blocks: list[BlockId], key: str) -> None:
-        content = prompt_hash(prompt)
+    def _compare(self, content: bytes, blocks: list[BlockId], key: str) -> None:
         for block in blocks:
             if self._region.block(block)[: len(content)] != content:
                 raise PullRefused("ChecksumMismatch", f"block {block} holds other bytes", key)

@@ -1,7 +1,7 @@
 """A model side that remembers which token lies in which slot, and transfers between two of them.
 
-The next token is a hash of everything that the block table leads to; so any wrong block, stale slot or
-missed copy gives another output than `expected_output`.
+The next token is a hash of everything that the block table leads to; so any wrong block, stale
+slot or missed copy gives another output than `expected_output`.
 """
 
 from __future__ import annotations

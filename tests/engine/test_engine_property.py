@@ -1,4 +1,4 @@
-"""Whatever happens to them, requests end once with the right tokens, and blocks are where they count."""
+"""Whatever happens: requests end once, with the right tokens, and every block is accounted for."""
 
 from __future__ import annotations
 
