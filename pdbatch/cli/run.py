@@ -137,12 +137,13 @@ def _work_alone(client: Client, job: Job, plan: _Plan, progress: ProgressDisplay
     note_other_jobs(client, job.id)
     progress.say(f"starting {len(plans)} workers; logs in {client.settings.logs}")
     try:
-        with LocalCluster(client.settings, plans) as cluster:
+        with LocalCluster(client.settings, plans, progress.say) as cluster:
             while view.state not in TERMINAL_JOB_STATES:
                 cluster.step(_LOOK_EVERY_S)
                 if not cluster.all_registered:
-                    cluster.note_registered(worker.name for worker in client.workers())
+                    cluster.health.note_registered(worker.name for worker in client.workers())
                 view = job.status()
+                cluster.health.note_done(view.counts.done)
                 progress.job(view)
     except KeyboardInterrupt:
         raise

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -25,6 +25,7 @@ from pdbatch.config import Role, Settings
 from pdbatch.errors import ConfigError, EngineError
 from pdbatch.local.child import ProcessSpec
 from pdbatch.local.database import prepare
+from pdbatch.local.health import Health
 from pdbatch.local.processes import (
     child_env,
     reconciler_argv,
@@ -35,10 +36,7 @@ from pdbatch.local.processes import (
 )
 from pdbatch.local.reason import last_words
 from pdbatch.local.redis import socket_url, wait_for_redis
-from pdbatch.local.supervisor import Supervisor
-
-EXITS_OF_A_HOPELESS_WORKER = 3
-"""So many short lives in a row, none of which got as far as the workers' table."""
+from pdbatch.local.supervisor import Exit, Supervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +81,24 @@ def plan_workers(
 class LocalCluster:
     """See the module. Raises QueueError, StoreError or ConfigError from `__enter__`."""
 
-    def __init__(self, settings: Settings, plans: Sequence[WorkerPlan]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        plans: Sequence[WorkerPlan],
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`say` is told when a worker ends that was not asked to."""
         self._folder = Path(tempfile.mkdtemp(prefix="pdbatch-"))
         self._redis_socket = self._folder / "redis.sock"
         self._plans = {plan.name: plan for plan in plans}
-        self._registered: set[str] = set()
+        self._say = say
+        self.health = Health(settings.max_attempts)
         self.settings = replace(
             settings,
             broker_url=socket_url(self._redis_socket),
             worker_threads=settings.worker_threads or threads_each(len(plans)),
         )
-        self.supervisor = Supervisor([])
+        self.supervisor = Supervisor([], on_exit=self._note_exit)
 
     def __enter__(self) -> LocalCluster:
         try:
@@ -125,19 +130,15 @@ class LocalCluster:
         self.supervisor.stop(deadline_s)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def note_registered(self, names: Iterable[str]) -> None:
-        """Tells which workers the database has seen alive; those can start."""
-        self._registered.update(names)
-
     @property
     def all_registered(self) -> bool:
         """Whether every worker has been seen alive."""
-        return self._registered.issuperset(self._plans)
+        return self.health.has_registered(self._plans)
 
     def step(self, timeout_s: float) -> None:
         """Keeps the processes running for up to `timeout_s`; returns early when one ends.
 
-        Raises EngineError when the workers of a model and role all fail at their start.
+        Raises EngineError when the workers of a model and role are all beyond hope.
         """
         due_s = self.supervisor.step()
         self._raise_if_hopeless()
@@ -148,18 +149,20 @@ class LocalCluster:
         for plan in self._plans.values():
             groups.setdefault((plan.model, plan.role), []).append(plan)
         for (model, role), plans in groups.items():
-            if all(self._is_hopeless(plan) for plan in plans):
-                name = plans[0].name
-                reason = last_words(self.supervisor.log_tail(name)) or "it said nothing"
+            if all(self.health.is_hopeless(plan.name) for plan in plans):
                 log = self.settings.logs / f"{plans[0].log_name}.log"
                 raise EngineError(
-                    f"the {role} worker of {model} cannot start: {reason}",
+                    f"the {role} worker of {model} cannot run: {self._last_words(plans[0].name)}",
                     remedy=f"Its log is {log}.",
                 )
 
-    def _is_hopeless(self, plan: WorkerPlan) -> bool:
-        exits = self.supervisor.num_exits(plan.name)
-        return plan.name not in self._registered and exits >= EXITS_OF_A_HOPELESS_WORKER
+    def _note_exit(self, exit_: Exit) -> None:
+        self.health.note_exit(exit_)
+        again = f"it starts again in {exit_.restart_in_s:g} s"
+        self._say(f"{exit_.name} has ended: {self._last_words(exit_.name)}; {again}")
+
+    def _last_words(self, name: str) -> str:
+        return last_words(self.supervisor.log_tail(name)) or "it said nothing"
 
     def _reconciler(self) -> ProcessSpec:
         return ProcessSpec(

@@ -108,7 +108,7 @@ def test_workers_that_cannot_start_end_the_run(
     process = start(PLAYED, "broken", "run", "in.jsonl", "-o", "out.jsonl", "--model", "nix")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 6
-    assert "worker of nix cannot start: the model nix cannot be found" in err
+    assert "worker of nix cannot run: the model nix cannot be found" in err
     assert "-1.log" in err and "Traceback" not in err
     assert not (tmp_path / "out.jsonl").exists()
     assert client.jobs()[0].state == "cancelled"

@@ -39,7 +39,7 @@ def test_all_start_and_all_end(settings: Settings, monkeypatch: pytest.MonkeyPat
         assert open_store(settings).workers.list() == []
         cluster.step(0.01)
         assert not cluster.all_registered
-        cluster.note_registered(plan.name for plan in plans)
+        cluster.health.note_registered(plan.name for plan in plans)
         assert cluster.all_registered
     assert not answers(broker)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
@@ -59,7 +59,7 @@ def test_workers_that_cannot_start_end_it_with_their_reason(
     plans = plan_workers({"m"}, prefill=1, decode=1)
     deadline = time.monotonic() + 60
     with (
-        pytest.raises(EngineError, match="cannot start: the model m cannot be loaded") as caught,
+        pytest.raises(EngineError, match="cannot run: the model m cannot be loaded") as caught,
         LocalCluster(settings, plans) as cluster,
     ):
         while time.monotonic() < deadline:
@@ -74,7 +74,7 @@ def test_a_worker_that_was_seen_alive_is_started_again_and_again(
     plans = plan_workers({"m"}, prefill=1, decode=0)
     deadline = time.monotonic() + 60
     with LocalCluster(settings, plans) as cluster:
-        cluster.note_registered([plans[0].name])
+        cluster.health.note_registered([plans[0].name])
         while cluster.supervisor.num_exits(plans[0].name) < 4:
             assert time.monotonic() < deadline
             cluster.step(1.0)
