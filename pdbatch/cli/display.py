@@ -52,8 +52,8 @@ def elapsed_s(view: JobView) -> float:
 
 
 def rate(number: float, seconds: float) -> str:
-    """`12.3/s`."""
-    return f"{number / seconds:,.1f}/s" if seconds > 0 else "-"
+    """`12.3`, for so many in so many seconds."""
+    return f"{number / seconds:,.1f}" if seconds > 0 else "-"
 
 
 def duration(seconds: float) -> str:
@@ -67,9 +67,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def summary_rows(view: JobView) -> Iterator[tuple[str, str]]:
-    """What there is to know about a job, as (name, value)."""
+def summary_rows(view: JobView, start_s: float = 0.0) -> Iterator[tuple[str, str]]:
+    """What there is to know about a job, as (name, value).
+
+    `start_s` of its time went into starting workers; the speeds leave it out.
+    """
     counts, tokens, seconds = view.counts, view.tokens, elapsed_s(view)
+    busy_s = max(seconds - start_s, 0.0)
     yield "job", view.id
     yield "state", view.state.value + (f": {view.error}" if view.error else "")
     if view.input_name:
@@ -84,8 +88,10 @@ def summary_rows(view: JobView) -> Iterator[tuple[str, str]]:
         yield "  not done", f"{counts.total - counts.done:,}"
     yield "prompt tokens", f"{tokens.prompt:,} ({tokens.cached:,} cached)"
     yield "output tokens", f"{tokens.output:,}"
-    yield "time", f"{duration(seconds)} ({rate(counts.done, seconds)} requests)"
-    yield "tokens/s", f"{rate(tokens.prompt, seconds)} in, {rate(tokens.output, seconds)} out"
+    starting = f", {duration(start_s)} of it starting workers" if start_s else ""
+    yield "time", duration(seconds) + starting
+    yield "requests/s", f"{rate(counts.done, busy_s)}"
+    yield "tokens/s", f"{rate(tokens.prompt, busy_s)} in, {rate(tokens.output, busy_s)} out"
     if counts.succeeded:
         for stage in STAGES:
             mean_s = getattr(view.times, f"{stage}_s") / counts.succeeded

@@ -11,6 +11,7 @@ Ctrl-C cancels the job; the results that are ready stay in the database.
 from __future__ import annotations
 
 import signal
+import time
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -72,11 +73,11 @@ def run(
             with open_progress() as progress:
                 job = _submit(client, plan, progress)
                 try:
-                    view = _work(client, job, plan, progress)
+                    view, start_s = _work(client, job, plan, progress)
                 except KeyboardInterrupt:
                     _tell_interrupted(client, job, progress)
                     raise click.exceptions.Exit(INTERRUPTED) from None
-            _write(job, view, plan, as_json=as_json)
+            _write(job, view, start_s, plan, as_json=as_json)
     finally:
         signal.signal(signal.SIGTERM, old)
     raise click.exceptions.Exit(of_job(view))
@@ -105,8 +106,11 @@ def _submit(client: Client, plan: _Plan, progress: ProgressDisplay) -> Job:
     return job
 
 
-def _work(client: Client, job: Job, plan: _Plan, progress: ProgressDisplay) -> JobView:
-    """Until the job has ended, by whoever's workers."""
+def _work(
+    client: Client, job: Job, plan: _Plan, progress: ProgressDisplay
+) -> tuple[JobView, float]:
+    """Until the job has ended, by whoever's workers; how it ended, and the seconds that went
+    into starting workers."""
     from pdbatch.cli.notes import note_missing_workers
     from pdbatch.local.processes import with_broker
     from pdbatch.local.redis import answers
@@ -120,10 +124,12 @@ def _work(client: Client, job: Job, plan: _Plan, progress: ProgressDisplay) -> J
         return _work_alone(client, job, plan, progress)
     progress.say("using the cluster that runs; --prefill, --decode and --device are its own matter")
     note_missing_workers(client, job.models)
-    return job.wait(on_progress=progress.job)
+    return job.wait(on_progress=progress.job), 0.0
 
 
-def _work_alone(client: Client, job: Job, plan: _Plan, progress: ProgressDisplay) -> JobView:
+def _work_alone(
+    client: Client, job: Job, plan: _Plan, progress: ProgressDisplay
+) -> tuple[JobView, float]:
     """With workers of our own."""
     from pdbatch.cli.notes import note_other_jobs
     from pdbatch.errors import PdbatchError
@@ -132,16 +138,18 @@ def _work_alone(client: Client, job: Job, plan: _Plan, progress: ProgressDisplay
 
     view = job.status()
     if view.state in TERMINAL_JOB_STATES:  # every line was wrong
-        return view
+        return view, 0.0
     plans = plan_workers(job.models, plan.prefill, plan.decode, client.settings.device)
     note_other_jobs(client, job.id)
     progress.say(f"starting {len(plans)} workers; logs in {client.settings.logs}")
+    started_at, start_s = time.monotonic(), 0.0
     try:
         with LocalCluster(client.settings, plans, progress.say) as cluster:
             while view.state not in TERMINAL_JOB_STATES:
                 cluster.step(_LOOK_EVERY_S)
                 if not cluster.all_registered:
                     cluster.health.note_registered(worker.name for worker in client.workers())
+                    start_s = time.monotonic() - started_at
                 view = job.status()
                 cluster.health.note_done(view.counts.done)
                 progress.job(view)
@@ -150,10 +158,10 @@ def _work_alone(client: Client, job: Job, plan: _Plan, progress: ProgressDisplay
     except PdbatchError:
         client.cancel(job)  # its workers cannot start: nobody would ever end it
         raise
-    return view
+    return view, start_s
 
 
-def _write(job: Job, view: JobView, plan: _Plan, *, as_json: bool) -> None:
+def _write(job: Job, view: JobView, start_s: float, plan: _Plan, *, as_json: bool) -> None:
     from pdbatch.cli.display import job_document
     from pdbatch.cli.files import write_errors, write_lines
     from pdbatch.cli.jsonout import print_json
@@ -165,7 +173,7 @@ def _write(job: Job, view: JobView, plan: _Plan, *, as_json: bool) -> None:
     if as_json:
         print_json(job_document(view) | files)
     else:
-        print_summary(view, plan.output, num_results, plan.errors, num_errors)
+        print_summary(view, start_s, plan.output, num_results, plan.errors, num_errors)
 
 
 def _default_errors(output: str) -> str:

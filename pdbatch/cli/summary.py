@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 def print_summary(
-    view: JobView, output: str, num_results: int, errors: str, num_errors: int
+    view: JobView,
+    start_s: float,
+    output: str,
+    num_results: int,
+    errors: str,
+    num_errors: int,
 ) -> None:
     """On stdout; on stderr where the results themselves go to stdout."""
     from rich.console import Console
@@ -21,7 +26,7 @@ def print_summary(
     table = Table(show_header=False, title=f"{view.input_name or view.id}", title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in summary_rows(view):
+    for name, value in summary_rows(view, start_s):
         table.add_row(name, value)
     table.add_row("results", f"{output} ({num_results:,} lines)")
     table.add_row("errors", f"{errors} ({num_errors:,} lines)" if num_errors else "none")

@@ -173,3 +173,35 @@ def test_up_runs_a_procfile_and_a_run_uses_its_redis(
     assert "short      | ended by exit code 0" in err and "starts again in 0.5 s" in err
     assert "killed" not in err
     assert processes_with(str(tmp_path)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decode", [1, 0])
+def test_a_run_on_real_workers_with_the_null_engine(
+    start: Start, tmp_path: Path, decode: int
+) -> None:
+    lines = [{"id": f"r{n}", "prompt": f"prompt {n}", "max_tokens": 3} for n in range(300)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ("run", "in.jsonl", "-o", "out.jsonl", "--decode", decode, "--json")
+    process = start("-m", "pdbatch.cli", *arguments)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert json.loads(out)["counts"]["succeeded"] == 300
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [result["custom_id"] for result in results] == [f"r{n}" for n in range(300)]
+    workers = {tuple(r["response"]["body"]["pdbatch"]["workers"].values()) for r in results}
+    names = {name.split("@")[0].rsplit("-", 2)[0] for pair in workers for name in pair if name}
+    assert names == ({"prefill", "decode"} if decode else {"mixed"})
+    assert processes_with(str(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_a_model_that_is_nowhere_ends_the_run_with_its_name(
+    settings: Settings, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in.jsonl").write_text('"a"\n')
+    arguments = ("in.jsonl", "-o", "out.jsonl", "--model", "./nowhere", "--set", "engine=auto")
+    process = start("-m", "pdbatch.cli", "run", *arguments, "--decode", "0")
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 6, err
+    assert "nowhere" in err.splitlines()[-2] and "Traceback" not in err
