@@ -6,7 +6,8 @@ At random moments one of these happens, each to a process that is chosen at rand
 prefill worker, of a decode worker (main process, or its engine alone), of the reconciler, of Redis;
 SIGSTOP of a worker for longer than its time to live; Redis emptied. The supervisor starts again
 what ended. At the end: each request has exactly one row, each row equals the undisturbed run's,
-no block is held on any worker, and after each kill rows were written again within 15 s.
+no block is held on any worker, and rows are written again within 15 s of a disturbance (of the last
+one, where the next came before the workers were back).
 
 Prints its seed, then one JSON object; exits 1 where one of these does not hold.
 """
@@ -52,7 +53,7 @@ class Event:
     at_s: float
     rows_before: int
     back_s: float | None = None
-    """Until the first new row; None: the job ended without one."""
+    """Until the first new row; None: the next disturbance came before it, or the job's end."""
 
 
 def write_lines(path: Path, requests: int, rng: random.Random, max_tokens: int) -> None:
@@ -67,6 +68,8 @@ def write_lines(path: Path, requests: int, rng: random.Random, max_tokens: int) 
                 "prompt": f"{shared} {text}" if number % 3 == 0 else text,
                 "max_tokens": rng.randint(1, max_tokens),
                 "temperature": rng.choice([0, 0, 0.8]),
+                "top_k": 8,  # of a random model's thousands of likely tokens, those far apart
+                "seed": number,
                 "n": 2 if number % 50 == 0 else 1,
             }
             file.write(json.dumps(line) + "\n")
@@ -138,7 +141,7 @@ def calm_run(settings: Settings, lines: Path) -> dict[str, object]:
     home.mkdir()
     calm = replace(settings, home=home, database_url=f"sqlite:///{home}/pdbatch.db", log_dir=None)
     with Fleet(calm, ["mixed"]) as fleet, Client(fleet.settings) as client:
-        job = client.submit(lines)
+        job = client.submit(lines).id
         fleet.wait_for("calm run", lambda: client.status(job).state in TERMINAL_JOB_STATES, 1800)
         return answers(client, job)
 
@@ -152,16 +155,16 @@ def disturbed_run(
     with fleet, Client(fleet.settings) as client, Store.open(settings.database_url) as store:
         fleet.wait_ready(store)
         chaos = Chaos(fleet, rng, settings.worker_ttl_s * 1.5)
-        job = client.submit(lines)
+        job = client.submit(lines).id
         start = time.monotonic()
         next_at = start + 3.0
         waiting: list[Event] = []
         while (view := store.jobs.get(job)).state not in TERMINAL_JOB_STATES:
             fleet.pump(0.05)
             now, rows = time.monotonic(), view.counts.done
-            for event in [e for e in waiting if rows > e.rows_before]:
-                event.back_s = round(now - start - event.at_s, 2)
-                waiting.remove(event)
+            if waiting and rows > waiting[-1].rows_before:
+                waiting[-1].back_s = round(now - start - waiting[-1].at_s, 2)
+                waiting.clear()
             chaos.wake()
             if now >= next_at and len(events) < args.events:
                 kind = rng.choice(KINDS)

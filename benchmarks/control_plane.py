@@ -62,7 +62,7 @@ def postgresql(home: Path) -> Iterator[str]:
 def run(args: argparse.Namespace, home: Path, database_url: str) -> dict[str, object]:
     """One measurement."""
     settings = Settings(
-        home=home, database_url=database_url, engine="null", worker_threads=1, log_level="warning"
+        home=home, database_url=database_url, engine="null", worker_threads=1, max_num_seqs=1024
     )
     lines = home / "prompts.jsonl"
     write_lines(lines, args.requests)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, home: Path, database_url: str) -> dict[str, ob
         usage = Usage(fleet)
         usage.sample()
         began = time.monotonic()
-        job = client.submit(lines)
+        job = client.submit(lines).id
         submitted_s = time.monotonic() - began
         broker = redis.Redis.from_url(fleet.settings.broker_url.replace("redis+socket", "unix"))
         start = time.monotonic()
