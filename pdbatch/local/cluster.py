@@ -157,9 +157,9 @@ class LocalCluster:
                 )
 
     def _note_exit(self, exit_: Exit) -> None:
-        self.health.note_exit(exit_)
-        again = f"it starts again in {exit_.restart_in_s:g} s"
-        self._say(f"{exit_.name} has ended: {self._last_words(exit_.name)}; {again}")
+        reason = self._last_words(exit_.name)
+        self.health.note_exit(exit_, reason)
+        self._say(f"{exit_.name} has ended: {reason}; it starts again in {exit_.restart_in_s:g} s")
 
     def _last_words(self, name: str) -> str:
         return last_words(self.supervisor.log_tail(name)) or "it said nothing"

@@ -12,6 +12,10 @@ EXITS_BEFORE_REGISTERED = 3
 """So many short lives in a row, none of which got as far as the workers' table."""
 
 
+HOPELESS_REASONS = ("ModelError: ", "ConfigError: ", "UsageError: ")
+"""What another start does not change."""
+
+
 class Health:
     """Counts short lives. One that registered is given more of them than a request that ends
     its engine may take (`max_attempts`), as long as no row is written between."""
@@ -22,11 +26,13 @@ class Health:
         self._registered: set[str] = set()
         self._num_done = 0
 
-    def note_exit(self, exit_: Exit) -> None:
-        """A worker ended."""
+    def note_exit(self, exit_: Exit, reason: str = "") -> None:
+        """A worker ended, with these last words."""
         if exit_.lived_s >= LONG_LIFE_S:
             self._exits[exit_.name] = 0
         self._exits[exit_.name] += 1
+        if any(words in reason for words in HOPELESS_REASONS):
+            self._exits[exit_.name] += EXITS_BEFORE_REGISTERED
 
     def note_registered(self, names: Iterable[str]) -> None:
         """The database has seen these alive: they can start."""

@@ -37,3 +37,9 @@ def test_a_new_row_and_a_long_life_make_all_well() -> None:
     health.note_done(6)
     assert exits(health, 1)
     assert not exits(health, 1, lived_s=31)
+
+
+def test_a_wrong_model_needs_no_second_try() -> None:
+    health = Health(max_attempts=10)
+    health.note_exit(Exit("w", 1, 9.0, 0.5), "EngineError: ModelError: there is no model 'x'")
+    assert health.is_hopeless("w")
