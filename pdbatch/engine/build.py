@@ -87,6 +87,7 @@ def build_engine(
         max_num_batched_tokens=config.max_num_batched_tokens
         or _MOST_BATCHED_TOKENS.get(kind, 2048),
         pinned_share=config.pinned_share,
+        preempt_every_steps=config.preempt_every_steps,
         keep_prompts=keep_prompts,
     )
 

@@ -12,7 +12,7 @@ Role = Literal["prefill", "decode", "mixed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """One engine's settings, checked when built. Names and meanings are vLLM's where it has them."""
+    """One engine's settings, checked when built. Names and meanings are vLLM's where it has any."""
 
     model: str
     """Alias, folder, GGUF file or hub name."""
@@ -42,6 +42,8 @@ class EngineConfig:
     """Find KV of equal leading blocks instead of computing it again."""
     pinned_share: float = 0.5
     """A prefill engine starts no sequence while more of its blocks than this are pinned."""
+    preempt_every_steps: int | None = None
+    """For verification: preempt the last decoding sequence every so many steps, need or no need."""
     threads: int | None = None
     """torch's threads on the CPU; None: torch's default."""
     stats_interval_s: float = 0.5
@@ -69,7 +71,8 @@ class EngineConfig:
             raise ConfigError("gpu_memory_utilization must be above 0 and at most 1")
         if not 0 < self.pinned_share <= 1:
             raise ConfigError("pinned_share must be above 0 and at most 1")
-        for name in ("num_blocks", "kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"):
+        counts = ("num_blocks", "kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens")
+        for name in (*counts, "max_model_len", "preempt_every_steps", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")

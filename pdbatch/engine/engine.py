@@ -72,6 +72,7 @@ class Engine:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         pinned_share: float = 0.5,
+        preempt_every_steps: int | None = None,
         keep_prompts: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -84,6 +85,7 @@ class Engine:
         self._worker = worker
         self._keep_prompts = keep_prompts
         self._clock = clock
+        self._preempt_every = preempt_every_steps
         self._most_pinned = pinned_share * blocks.pool.num_blocks
         self.scheduler = Scheduler(
             blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
@@ -216,6 +218,8 @@ class Engine:
                 self._progress = True
             if self._adoptions.start():
                 self._progress = True
+        if self._preempt_every and self._out.steps % self._preempt_every == 0:
+            self._out.preemptions += self.scheduler.preempt_last()
         plan = self.scheduler.schedule(may_start=self._may_start())
         self._out.preemptions += len(plan.preempted)
         if plan.num_tokens:

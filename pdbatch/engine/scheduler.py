@@ -117,6 +117,17 @@ class Scheduler:
         self.blocks.free(sequence)
         self.add(sequence)
 
+    def preempt_last(self) -> int:
+        """Preempt the decoding sequence that comes last, for verification; how many that were.
+
+        Every sequence still gets on: what is computed again yields a token before it can be hit.
+        """
+        for sequence in reversed(self.running):
+            if sequence.num_uncomputed_tokens == 1:
+                self.preempt(sequence)
+                return 1
+        return 0
+
     def _schedule_decodes(self, plan: SchedulerOutput) -> None:
         for sequence in self.running.copy():
             if plan.num_tokens >= self.max_num_batched_tokens:
