@@ -1,4 +1,4 @@
-"""The end that wants the KV: pulls blocks into its own, and proves them before anybody uses them."""
+"""The end that wants the KV: pulls blocks into its own, and proves them before they are used."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The memory that KV blocks lie in, with what proves that a block is still the same.
 
-    | header, one page: magic, epoch, blocks, block bytes, state | generations, 8 bytes a block | blocks |
+    header, one page: magic, epoch, blocks, block bytes, state
+    generations: 8 bytes a block, in whole pages
+    blocks
 
 The owner raises a block's generation *before* it writes other content into the block, and raises
 the epoch when a new life begins. A reader copies first and looks at both afterwards: equal numbers

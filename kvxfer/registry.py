@@ -1,4 +1,4 @@
-"""Who offers which KV, and who has claimed it: the contract, beside which a Redis and an in-memory one stand.
+"""Who offers which KV, and who has claimed it: the contract (one in memory, one in Redis).
 
 A life of one publication:
 

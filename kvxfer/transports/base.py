@@ -1,13 +1,13 @@
 """The contract of a transport.
 
 Producer's side: `serve(region)` once for each region, at start; it returns an address (JSON-able)
-that goes into every descriptor. From then on readers come without further calls. `close` stops that;
-it does not close the region.
+that goes into every descriptor. From then on readers come without further calls. `close` stops
+that; it does not close the region.
 
 Consumer's side: `reaches` is asked before each read and must be cheap and offline. `read` copies
-blocks and *afterwards* fetches epoch and generations; it is called from several threads at once. The
-destination blocks belong to the call until it returns or raises; what they hold after it raised is
-undefined. Every failure is a `TransportError`; nothing is retried here.
+blocks and *afterwards* fetches epoch and generations; it is called from several threads at once.
+The destination blocks belong to the call until it returns or raises; what they hold after it
+raised is undefined. Every failure is a `TransportError`; nothing is retried here.
 """
 
 from __future__ import annotations
