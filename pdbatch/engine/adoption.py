@@ -74,7 +74,8 @@ class Adoptions:
                 break
             found = self._blocks.find_prompt(pull.lead)
             missing = self._blocks.prompt_hashes(pull.lead)[len(found) :]
-            if missing and missing[0] in self._arriving:
+            again = pull.incoming.handoff_id in self._pulling  # a dropped read is not over yet
+            if again or (missing and missing[0] in self._arriving):
                 kept.append(self._waiting.popleft())
                 continue
             if not self._blocks.take_after(

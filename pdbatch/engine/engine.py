@@ -22,10 +22,11 @@ import time
 from collections.abc import Callable
 
 from pdbatch.engine.admission import Admission, Limits
-from pdbatch.engine.adoption import Adoptions, Pull
+from pdbatch.engine.adoption import Adoptions
 from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.config import Role
 from pdbatch.engine.events import Outbox
+from pdbatch.engine.lifecycle import Lifecycle
 from pdbatch.engine.messages import (
     Abort,
     Adopt,
@@ -42,17 +43,13 @@ from pdbatch.engine.messages import (
     Submit,
     Unpin,
 )
-from pdbatch.engine.model_input import SampledToken
 from pdbatch.engine.outgoing import Outgoing
-from pdbatch.engine.outputs import advance, result
-from pdbatch.engine.payload import sampled_token
 from pdbatch.engine.ports import (
     PullRefused,
-    PullResult,
     Transfers,
 )
-from pdbatch.engine.scheduler import Scheduler, SchedulerOutput
-from pdbatch.engine.sequence import ActiveRequest, Sequence, SequenceState
+from pdbatch.engine.scheduler import Scheduler
+from pdbatch.engine.sequence import ActiveRequest
 from pdbatch.engine.stepper import ModelSide, Stepper
 from pdbatch.errors import InvariantError
 
@@ -78,12 +75,8 @@ class Engine:
     ) -> None:
         """`transfers` may be None for a mixed engine; `keep_prompts` puts prompts into results."""
         self.info = info
-        self._model = model
         self._blocks = blocks
         self._transfers = transfers
-        self._role = role
-        self._worker = worker
-        self._keep_prompts = keep_prompts
         self._clock = clock
         self._preempt_every = preempt_every_steps
         self._most_pinned = pinned_share * blocks.pool.num_blocks
@@ -99,9 +92,19 @@ class Engine:
         self._adoptions = Adoptions(transfers, self.scheduler) if transfers is not None else None
         self._outgoing = Outgoing(transfers, blocks.pool, worker) if transfers is not None else None
         self._stepper = Stepper(model, blocks)
-        self._requests: dict[str, ActiveRequest] = {}
-        """Every request that is in neither a waiting adoption nor a pin."""
         self._out = Outbox()
+        self._life = Lifecycle(
+            model,
+            blocks,
+            self.scheduler,
+            self._adoptions,
+            self._outgoing,
+            self._out,
+            hands_off=role == "prefill",
+            worker=worker,
+            keep_prompts=keep_prompts,
+            clock=clock,
+        )
         self._dropped: list[str] | None = None
         """While draining: what was dropped so far."""
         self._progress = False
@@ -136,10 +139,10 @@ class Engine:
         if self._dropped is not None:
             self._dropped.append(request.key)
             return
-        self._drop_request(request.key)
+        self._life.drop(request.key)
         admitted = self._admission.admit(request, self._clock())
         if isinstance(admitted, ActiveRequest):
-            self._requests[admitted.key] = admitted
+            self._life.open[admitted.key] = admitted
             self.scheduler.add(admitted.sequences[0])
         else:
             self._out.finished.append(admitted)
@@ -153,7 +156,7 @@ class Engine:
             if self._transfers is None or self._adoptions is None:
                 raise PullRefused("NoTransport", "this engine reads nobody's KV")
             incoming = self._transfers.read(item)
-            if incoming.payload.key in self._requests:
+            if incoming.payload.key in self._life.open:
                 message = "the request is in this engine already"
                 raise PullRefused("Duplicate", message, incoming.payload.key)
         except PullRefused as refused:
@@ -161,7 +164,7 @@ class Engine:
             return
         request = self._admission.adopt(incoming.payload, incoming.prompt_token_ids, self._clock())
         if isinstance(request, ActiveRequest):
-            self._requests[request.key] = request
+            self._life.open[request.key] = request
             self._adoptions.add(incoming, request)
         else:
             self._out.pulled.append(item.handoff_id)
@@ -174,16 +177,13 @@ class Engine:
 
     def abort(self, key: str) -> None:
         """Drop a request wherever it is. Its adoption is answered by PullFailed `Aborted`."""
-        self._drop_request(key)
+        self._life.drop(key)
         if self._outgoing is not None:
             self._outgoing.unpin_key(key)
 
     def reset(self, epoch: int) -> None:
         """Drop everything; go on under this epoch. Nothing that was dropped is answered."""
-        for pull in self._adoptions.drop_all() if self._adoptions is not None else ():
-            del self._requests[pull.request.key]  # what is being read is freed when that ends
-        for key in list(self._requests):
-            self._remove_sequences(self._requests.pop(key))
+        self._life.drop_all()
         if self._outgoing is not None:
             self._outgoing.unpin_all()
         self._blocks.pool.forget_all()
@@ -194,13 +194,7 @@ class Engine:
 
     def drain(self) -> None:
         """Drop what has not begun, finish what runs, then answer `Drained`. Pins stay."""
-        self._dropped = [] if self._dropped is None else self._dropped
-        for pull in self._adoptions.drop_waiting() if self._adoptions is not None else ():
-            self._dropped.append(pull.request.key)
-            del self._requests[pull.request.key]
-        for request in [r for r in self._requests.values() if not r.started]:
-            self._dropped.append(request.key)
-            self._remove_sequences(self._requests.pop(request.key))
+        self._dropped = (self._dropped or []) + self._life.drop_waiting()
 
     # --- a step
 
@@ -214,7 +208,7 @@ class Engine:
         self._progress = False
         if self._adoptions is not None:
             for pull, ended in self._adoptions.collect():
-                self._end_pull(pull, ended)
+                self._life.end_pull(pull, ended)
                 self._progress = True
             if self._adoptions.start():
                 self._progress = True
@@ -223,9 +217,12 @@ class Engine:
         plan = self.scheduler.schedule(may_start=self._may_start())
         self._out.preemptions += len(plan.preempted)
         if plan.num_tokens:
-            self._run(plan)
+            for sequence in plan.started:
+                self._life.start(sequence)
+            self._life.advance(self._stepper.run(plan))
+            self._out.steps += 1
             self._progress = True
-        if self._dropped is not None and not self._requests and not self._pulls:
+        if self._dropped is not None and not self._life.open and not self._pulls:
             self._out.other.append(Drained(dropped=self._dropped))
             self._dropped = None
         return self._out.take()
@@ -278,147 +275,3 @@ class Engine:
     def _may_start(self) -> bool:
         """False while what is pinned exceeds its budget: decode sets the pace."""
         return self._outgoing is None or self._outgoing.num_blocks <= self._most_pinned
-
-    # --- one batch
-
-    def _run(self, plan: SchedulerOutput) -> None:
-        """Compute the plan and move every request on."""
-        for sequence in plan.started:
-            self._note_start(sequence)
-        firsts: dict[str, list[SampledToken]] = {}
-        chosen = self._stepper.run(plan)
-        for sequence, token in chosen:
-            request = sequence.request
-            first = not sequence.output_token_ids
-            if first:
-                firsts.setdefault(request.key, []).append(token)
-            if advance(sequence, token, self._model.tokenizer) and not first:
-                self._end_sequence(sequence)
-        for key, tokens in firsts.items():
-            self._first_tokens(self._requests[key], tokens)
-        self._out.steps += 1
-        self._out.output_tokens += len(chosen)
-
-    def _note_start(self, sequence: Sequence) -> None:
-        """Count the prompt once, when its first chunk is scheduled."""
-        request = sequence.request
-        if request.started:
-            return
-        request.started = True
-        request.times.queued_s = request.close_stage(self._clock())
-        request.num_cached_tokens = sequence.num_computed_tokens
-        self._out.prompt_tokens += request.num_prompt_tokens
-        self._out.cached_tokens += request.num_cached_tokens
-        for index in range(1, request.params.n):
-            request.sequences.append(Sequence(request, index))
-
-    def _first_tokens(self, request: ActiveRequest, tokens: list[SampledToken]) -> None:
-        """Every output of a request has its first token: finish, hand off or go on."""
-        request.times.prefill_s = request.close_stage(self._clock())
-        if request.finished:
-            self._finish(request)
-        elif self._role == "prefill":
-            self._hand_off(request, tokens)
-        else:
-            self._branch(request)
-
-    def _branch(self, request: ActiveRequest) -> None:
-        """The outputs that go on share the prompt's blocks; those without room wait."""
-        lead, live = request.sequences[0], [s for s in request.sequences if not s.finish_reason]
-        holder = live[0]
-        if holder is not lead:
-            self._blocks.move(lead, holder)
-            self.scheduler.remove(lead)
-        if holder.state is not SequenceState.RUNNING:
-            self.scheduler.add_running(holder)
-        source: list[int] = []
-        target: list[int] = []
-        for sequence in live[1:]:
-            if not (self.scheduler.has_room(1) and self._blocks.can_fork(holder)):
-                self.scheduler.add(sequence)
-                continue
-            copy = self._blocks.fork(holder, sequence)
-            if copy is not None:
-                source.append(copy[0])
-                target.append(copy[1])
-            self.scheduler.add_running(sequence)
-        if source:
-            self._model.cache.copy_blocks(source, target)
-
-    def _end_sequence(self, sequence: Sequence) -> None:
-        """One output is complete; with the last one the request is."""
-        self._blocks.free(sequence)
-        self.scheduler.remove(sequence)
-        if sequence.request.finished:
-            self._finish(sequence.request)
-
-    def _finish(self, request: ActiveRequest) -> None:
-        """All outputs are there."""
-        self._remove_sequences(request)
-        del self._requests[request.key]
-        decoded = self._role != "prefill"
-        if decoded:
-            request.times.decode_s = request.close_stage(self._clock())
-        output = result(
-            request, self._model.tokenizer, decode_worker=self._worker if decoded else ""
-        )
-        if self._keep_prompts:
-            output.prompt_token_ids = request.prompt_token_ids
-        self._out.finished.append(output)
-
-    # --- hand-off
-
-    def _hand_off(self, request: ActiveRequest, tokens: list[SampledToken]) -> None:
-        """The prompt's blocks change from the sequence to the hand-off."""
-        if self._outgoing is None:
-            raise InvariantError("a prefill engine without transfers")
-        table = self._blocks.detach(request.sequences[0])
-        self._remove_sequences(request)
-        del self._requests[request.key]
-        self._out.prefilled.append(self._outgoing.pin(request, table, tokens))
-
-    def _end_pull(self, pull: Pull, ended: PullResult) -> None:
-        """Proved KV: replay the first tokens and decode. Anything else: say so."""
-        if pull.dropped:
-            return
-        request = pull.request
-        if ended.code is not None:
-            del self._requests[request.key]
-            self._out.pull_failed(ended.handoff_id, request.key, ended.code, ended.message)
-            return
-        self._out.pulled.append(ended.handoff_id)
-        self._out.pulled_bytes += ended.num_bytes
-        request.times.handoff_s = max(0.0, time.time() - pull.incoming.payload.pinned_at)
-        request.times.transfer_s = ended.seconds
-        request.close_stage(self._clock())
-        first = pull.incoming.payload.first
-        request.sequences += [Sequence(request, index) for index in range(1, len(first))]
-        for sequence, token in zip(request.sequences, first, strict=True):
-            advance(sequence, sampled_token(token), self._model.tokenizer)
-        if request.finished:
-            self._finish(request)
-        else:
-            self._branch(request)
-
-    # --- dropping
-
-    def _drop_request(self, key: str) -> None:
-        """Forget a request that runs, waits, is being read, or was refused just now."""
-        self._out.drop(key)
-        request = self._requests.pop(key, None)
-        if request is None:
-            return
-        pulls = self._adoptions.drop(key) if self._adoptions is not None else []
-        for pull in pulls:
-            self._out.pull_failed(
-                pull.incoming.handoff_id, key, "Aborted", "the request was aborted"
-            )
-        if not pulls:
-            self._remove_sequences(request)
-
-    def _remove_sequences(self, request: ActiveRequest) -> None:
-        """Take a request's sequences out of the scheduler and give their blocks back."""
-        for sequence in request.sequences:
-            if sequence.state is not SequenceState.FINISHED:
-                self._blocks.free(sequence)
-                self.scheduler.remove(sequence)

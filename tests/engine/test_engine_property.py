@@ -150,7 +150,7 @@ class World(RuleBasedStateMachine):
     def _adopted(self) -> set[str]:
         """Keys that left the prefill engine and have not ended."""
         engine = self.engines["prefill"].engine
-        here = set(engine._requests) | {key for key, _ in self.ready}
+        here = set(engine._life.open) | {key for key, _ in self.ready}
         return set(self.specs) - here - set(self.outputs) - self.aborted
 
     def _on_event(self, event: Event) -> None:
