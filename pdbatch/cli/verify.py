@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -11,13 +10,13 @@ from pdbatch.cli.options import json_option, settings_options
 
 if TYPE_CHECKING:
     from pdbatch.config import Settings
-    from pdbatch.engine.verify import CaseReport
+    from pdbatch.engine.verify import Case
 
 
 @click.command()
 @click.option("--prompts", type=click.IntRange(1), default=64, help="So many prompts (64).")
-@click.option("--max-tokens", type=click.IntRange(1), default=24, help="Tokens of each (24).")
-@click.option("--seed", type=int, default=1, help="Which prompts (1).")
+@click.option("--max-tokens", type=click.IntRange(1), default=16, help="Tokens of each (16).")
+@click.option("--seed", type=int, default=0, help="Which prompts (0).")
 @json_option
 @settings_options("model", "kv_transport")
 def verify(prompts: int, max_tokens: int, seed: int, as_json: bool, settings: Settings) -> None:
@@ -38,7 +37,7 @@ def verify(prompts: int, max_tokens: int, seed: int, as_json: bool, settings: Se
         transports=settings.kv_transport,
         threads=settings.worker_threads,
         seed=seed,
-        progress=_tell,
+        progress=lambda line: click.echo(line, err=True),
     )
     if as_json:
         print_json(report)
@@ -48,22 +47,22 @@ def verify(prompts: int, max_tokens: int, seed: int, as_json: bool, settings: Se
     if not report.ok:
         raise EngineError(
             f"{report.model} does not give the tokens of generate in every case",
-            remedy="Run it with --json to see the first difference of each prompt.",
+            remedy="Run it with --json to see every prompt that differs.",
         )
 
 
-def _tell(what: str, done: int, total: int) -> None:
-    """One line that is written over in a terminal; elsewhere only its end is written."""
-    if sys.stderr.isatty():
-        click.echo(f"\r{what}: {done} of {total}\033[K", err=True, nl=done == total)
-    elif done == total:
-        click.echo(f"{what}: {done} of {total}", err=True)
-
-
-def _line(case: CaseReport, prompts: int) -> str:
-    verdict = "ok" if case.ok else "DIFFERS"
-    facts = f"{case.preemptions} preemptions, {case.pulled_bytes / 2**20:.1f} MiB pulled"
+def _line(case: Case, prompts: int) -> str:
+    verdict = "ok" if case.ok else f"DIFFERS: {case.problem or _first(case)}"
+    pulled = f"{case.pulled_bytes / 2**20:.1f} MiB pulled, {case.preemptions} preemptions"
     return (
-        f"{case.case.name:<28}{case.equal:>4} of {prompts} equal  {facts}, "
-        f"{case.seconds:.1f} s  {verdict}"
+        f"{case.name}: {case.equal} of {prompts} equal, {pulled}, {case.seconds:.1f} s: {verdict}"
     )
+
+
+def _first(case: Case) -> str:
+    """The first prompt that differs, in words."""
+    if not case.mismatches:
+        return "no prompt ran"
+    first = case.mismatches[0]
+    where = f"prompt {first.prompt} ({first.num_prompt_tokens} tokens), token {first.position}"
+    return f"{where}: {first.error}" if first.error else where

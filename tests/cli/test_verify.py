@@ -15,19 +15,29 @@ from pdbatch.errors import EngineError
 
 
 def _report(*, differs: bool) -> verify.Report:
-    difference = verify.Difference(
-        prompt=1, prompt_tokens=17, position=3, expected=5, found=6 if differs else 5
+    mismatch = verify.Mismatch(
+        prompt=1, num_prompt_tokens=17, position=3, expected=[1, 2, 3, 5], got=[1, 2, 3, 6]
     )
-    case = verify.CaseReport(
-        case=verify.Case(transport="tcp"),
+    case = verify.Case(
+        name="tcp, prefix caching on",
+        transport="tcp",
+        prefix_caching=True,
+        preemption=False,
+        ok=not differs,
         equal=1 if differs else 2,
-        differences=[difference] if differs else [],
-        preemptions=0,
-        failed_pulls=0,
         pulled_bytes=2**20,
         seconds=1.5,
+        mismatches=[mismatch] if differs else [],
     )
-    return verify.Report(model="m", prompts=2, max_tokens=4, cases=[case])
+    return verify.Report(
+        model="m",
+        num_prompts=2,
+        shortest=5,
+        longest=17,
+        max_tokens=4,
+        reference_seconds=1.0,
+        cases=[case],
+    )
 
 
 @pytest.mark.parametrize("differs", [False, True])
@@ -43,11 +53,11 @@ def test_report_and_exit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, differ
     done = CliRunner().invoke(cli, [*arguments, "--prompts", "2"])
     assert asked["model"] == "m" and asked["transports"] == ("tcp",)
     assert asked["home"] == str(tmp_path) and asked["num_prompts"] == 2
-    assert ("DIFFERS" in done.output) is differs
+    assert ("DIFFERS: prompt 1 (17 tokens), token 3" in done.output) is differs
     assert f"{1 if differs else 2} of 2 equal" in done.output
     if differs:
         assert isinstance(done.exception, EngineError) and done.exception.exit_code == 6
     else:
         assert done.exit_code == 0
     as_json = CliRunner().invoke(cli, [*arguments, "--json"])
-    assert json.loads(as_json.stdout)["cases"][0]["case"]["transport"] == "tcp"
+    assert json.loads(as_json.stdout)["cases"][0]["transport"] == "tcp"
