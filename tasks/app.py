@@ -78,6 +78,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "result_serializer": "json",
         "task_acks_late": True,
         "task_track_started": True,
+        "task_default_queue": GENERATE_QUEUE,  # bodies of chords, and whatever else is ordinary
         "task_routes": {GENERATE_TASK: {"queue": GENERATE_QUEUE}},
         "task_queues": {name: {"exchange": name, "routing_key": name} for name in queues},
         "worker_pool": POOL,

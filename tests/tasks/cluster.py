@@ -58,7 +58,7 @@ class Cluster:
         if name == "reconciler":
             return reconciler_argv(), child_env(base)
         if name == "flower":
-            return flower_argv(), child_env(base)
+            return flower_argv(), child_env(base) | {"FLOWER_UNAUTHENTICATED_API": "true"}
         role: Role = {"prefill": "prefill", "decode": "decode", "mixed": "mixed"}[
             name.split("-")[0]
         ]  # type: ignore[assignment]
@@ -107,12 +107,12 @@ class Cluster:
                 raise TimeoutError(f"no {what} after {deadline_s} s\n{self.tails()}")
             time.sleep(0.02)
 
-    def submit(self, num_requests: int, *, shard_size: int = 16, priority: int = 0) -> JobId:
-        """A job of requests for one to three tokens each."""
-        job = self.store.jobs.create(NewJob(priority=priority, input_name="test"))
+    def submit(self, num_requests: int, *, shard_size: int = 16, least_tokens: int = 1) -> JobId:
+        """A job of requests for so many tokens and up to two more each."""
+        job = self.store.jobs.create(NewJob(input_name="test"))
         with self.store.ingest(job, shard_size=shard_size, default_model="m") as ingest:
             for index in range(num_requests):
-                sampling = SamplingParams(max_tokens=1 + index % 3, temperature=0)
+                sampling = SamplingParams(max_tokens=least_tokens + index % 3, temperature=0)
                 body = encode_spec(RequestSpec(prompt=f"prompt {index}", sampling=sampling))
                 ingest.add(IngestRow(index, f"r{index}", None, body))
         return job
