@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 from kvxfer import (
@@ -267,9 +268,7 @@ class TransportSuite:
                 process.kill()
                 process.wait()
                 start = time.monotonic()
-                _raises(
-                    TransportError, lambda r=reader, d=descriptor: r.pull(d, [0, 1], timeout_s=5)
-                )
+                _raises(TransportError, partial(reader.pull, descriptor, [0, 1], timeout_s=5))
                 assert time.monotonic() - start < 6
 
     def test_a_dead_reader_leaves_the_producer_well(self) -> None:
