@@ -43,7 +43,8 @@ class Adoption(msgspec.Struct):
 
 
 class Adopt(msgspec.Struct, tag=True):
-    """Pull and decode these. Each is answered in `Pulled` or in `PullFailed`."""
+    """Pull and decode these. Each is answered in `Pulled` or in `PullFailed`, unless a `Reset`
+    or a `Drain` drops it first. One that can never fit here is answered by `Pulled` and its error."""
 
     items: list[Adoption]
 
@@ -55,7 +56,9 @@ class Unpin(msgspec.Struct, tag=True):
 
 
 class Abort(msgspec.Struct, tag=True):
-    """Drop these requests wherever they are, pinned ones too; no output follows."""
+    """Drop these requests wherever they are, pinned ones too; no output follows.
+
+    Adoptions that were not pulled yet are answered by `PullFailed` with code `Aborted`."""
 
     keys: list[str]
 
@@ -67,7 +70,8 @@ class Reset(msgspec.Struct, tag=True):
 
 
 class Drain(msgspec.Struct, tag=True):
-    """Finish what runs; drop what waits. Answered by `Drained`."""
+    """Finish what runs; drop what has not begun, and what is submitted meanwhile. Answered by
+    `Drained` once nothing runs; what is pinned stays until it is unpinned."""
 
 
 class Shutdown(msgspec.Struct, tag=True):
@@ -135,7 +139,8 @@ class PullFailed(msgspec.Struct, tag=True):
     handoff_id: str
     key: str
     code: str
-    """The kvxfer error's class name: `StaleEpoch`, `PeerLost`, `LayoutMismatch`, …"""
+    """The kvxfer error's class name: `StaleEpoch`, `PeerLost`, `LayoutMismatch`, …; or
+    `Aborted`, or `Duplicate` (the request is in this engine already)."""
     message: str
 
 
@@ -161,7 +166,7 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
 
 
 class Drained(msgspec.Struct, tag=True):
-    """Answer to `Drain`: the keys that were dropped unfinished."""
+    """Answer to `Drain`: the keys that were dropped unfinished, adoptions not begun included."""
 
     dropped: list[str]
 
