@@ -44,7 +44,7 @@ class Adoption(msgspec.Struct):
 
 class Adopt(msgspec.Struct, tag=True):
     """Pull and decode these. Each is answered in `Pulled` or in `PullFailed`, unless a `Reset`
-    or a `Drain` drops it first. One that can never fit here is answered by `Pulled` and its error."""
+    or a `Drain` drops it first. One that can never fit is answered by `Pulled` and its error."""
 
     items: list[Adoption]
 
