@@ -45,6 +45,7 @@ class Cluster:
     def start(self, *names: str, settings: Settings | None = None) -> None:
         """Start these, and wait until workers are in the database's table."""
         base = settings or self.settings
+        known = {worker.id for worker in self.store.workers.list(live_only=False)}
         for name in names:
             argv, env = self._command(name, base)
             with self._log(name).open("ab") as log:
@@ -52,7 +53,12 @@ class Cluster:
                     argv, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0
                 )
         workers = {name for name in names if "-" in name}
-        self.wait(f"{sorted(workers)}", lambda: workers <= self.live())
+
+        def begun() -> bool:
+            fresh = {w.name for w in self.store.workers.list() if w.id not in known}
+            return workers <= fresh & self.live()
+
+        self.wait(f"{sorted(workers)}", begun)
 
     def _command(self, name: str, base: Settings) -> tuple[Sequence[str], dict[str, str]]:
         if name == "reconciler":
@@ -91,6 +97,12 @@ class Cluster:
         self.processes[name].wait()
         _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive, f"the engine of {name} outlived it"
+
+    def restart_ended(self) -> None:
+        """What ended is started again, as the supervisor would."""
+        self.start(
+            *(name for name, process in self.processes.items() if process.poll() is not None)
+        )
 
     def stop(self, name: str, deadline_s: float = 30.0) -> int:
         """SIGTERM; the exit code."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -92,9 +93,7 @@ def test_redis_killed_and_back(cluster: Cluster, redis_server: RedisServer) -> N
         cluster.wait("progress", lambda share=share: cluster.done(job) >= 3000 * share)
         redis_server.kill()
         redis_server.start()
-        for name in ("prefill-1", "decode-1"):  # a worker that could not go on is restarted
-            if cluster.processes[name].poll() is not None:
-                cluster.start(name)
+        cluster.restart_ended()
     cluster.finish(job)
     cluster.assert_idle()
 
@@ -188,31 +187,35 @@ def test_a_message_of_another_database_is_dropped(cluster: Cluster, app: object)
     assert cluster.processes["mixed-1"].poll() is None
 
 
-@pytest.mark.parametrize("seed", [None])
-def test_a_walk_of_disturbances(cluster: Cluster, redis_client: Redis, seed: int | None) -> None:
-    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-    print(f"seed {seed}")
+@both
+def test_a_walk_of_disturbances(
+    cluster: Cluster, redis_client: Redis, redis_server: RedisServer
+) -> None:
+    seed = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"TEST_SEED={seed}")
     rng = random.Random(seed)
     workers = ["prefill-1", "prefill-2", "decode-1", "decode-2"]
     cluster.start("reconciler", *workers)
     job = cluster.submit(6000)
     for _ in range(8):
-        before = cluster.done(job)
-        cluster.wait("progress", lambda before=before: cluster.done(job) >= min(6000, before + 300))
-        kind, victim = rng.choice(["kill", "engine", "empty", "stop"]), rng.choice(workers)
+        reached = min(6000, cluster.done(job) + 300)
+        cluster.wait("progress", lambda reached=reached: cluster.done(job) >= reached)
+        kind, victim = rng.choice(["kill", "engine", "stop", "empty", "redis"]), rng.choice(workers)
         print(kind, victim)
         if kind == "empty":
             redis_client.flushall()
+        elif kind == "redis":
+            redis_server.kill()
+            redis_server.start()
         elif kind == "stop":
             cluster.send(victim, signal.SIGSTOP)
             cluster.wait("its death", lambda victim=victim: victim not in cluster.live())
             cluster.send(victim, signal.SIGCONT)
         elif kind == "kill":
             cluster.kill(victim)
-            cluster.start(victim)
         else:
             cluster.family(victim)[1].kill()
             cluster.processes[victim].wait(20)
-            cluster.start(victim)
+        cluster.restart_ended()
     cluster.finish(job, 120)
     cluster.assert_idle()
