@@ -15,6 +15,7 @@ import pytest
 from celery import Celery, chord, group
 from celery.exceptions import TaskRevokedError
 from cluster import Cluster
+from redis_server import RedisServer
 from test_cluster import FAST, both, cluster, database_url
 
 from pdbatch.config import Settings
@@ -93,6 +94,17 @@ def test_open_generates_of_a_drained_worker_are_answered_by_another(
     assert cluster.stop("prefill-1") == 0
     cluster.start("decode-1")
     assert [task.get(timeout=60)["text"] for task in open_tasks] == ["xx"] * 10
+
+
+def test_generate_works_again_after_redis_was_killed(
+    cluster: Cluster, app: Celery, redis_server: RedisServer
+) -> None:
+    cluster.start("reconciler", "prefill-1", "decode-1")
+    assert signature(app, "before", max_tokens=2).delay().get(timeout=30)["text"] == "xx"
+    redis_server.kill()
+    redis_server.start()
+    cluster.restart_ended()
+    assert signature(app, "after", max_tokens=2).delay().get(timeout=30)["text"] == "xx"
 
 
 def test_workers_show_themselves(cluster: Cluster, app: Celery) -> None:
