@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import select
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +59,7 @@ class ShmTransport:
         if not head[_OPEN]:
             self._forget(address["region"])
             raise Revoked("the region was revoked")
-        if start_time(address["pid"]) != address["start"]:
+        if not mapped.alive():
             self._forget(address["region"])
             raise PeerLost(f"process {address['pid']} is gone")
         return stamp
@@ -82,7 +83,7 @@ class ShmTransport:
 
     def _drop_dead(self) -> None:
         for region, mapped in list(self._maps.items()):
-            if start_time(mapped.pid) != mapped.start:
+            if not mapped.alive():
                 del self._maps[region]
 
 
@@ -90,9 +91,9 @@ class _Mapped:
     """A peer's region in our address space; unmapped when the last user lets go."""
 
     def __init__(self, address: Address) -> None:
+        self._pidfd = -1
         self.pid, self.start = int(address["pid"]), address["start"]
-        if start_time(self.pid) != self.start:
-            raise PeerLost(f"process {self.pid} is gone")
+        self._pidfd = _pidfd(self.pid, self.start)
         try:
             fd = os.open(f"/proc/{self.pid}/fd/{int(address['fd'])}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -113,6 +114,28 @@ class _Mapped:
         self.generations = view[PAGE_BYTES : PAGE_BYTES + 8 * self.num_blocks].cast("Q")
         blocks = view[data_offset(self.num_blocks) :]
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(blocks))
+
+    def alive(self) -> bool:
+        """Whether the process that owns the region still runs."""
+        ended = select.poll()  # one for each call: threads cannot share one
+        ended.register(self._pidfd, select.POLLIN)
+        return not ended.poll(0)
+
+    def __del__(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+
+
+def _pidfd(pid: int, start: str) -> int:
+    """Stands for that very process, also when its id is given to another."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError as error:
+        raise PeerLost(f"process {pid} is gone", errno=error.errno) from error
+    if start_time(pid) != start:
+        os.close(fd)
+        raise PeerLost(f"process {pid} is gone")
+    return fd
 
 
 def start_time(pid: int) -> str:
