@@ -104,17 +104,14 @@ class EnginePool(BasePool):  # type: ignore[misc]
         self.core = None
 
     def _let_go(self) -> None:
-        """Messages of what was not done in time: a shard is back in the queue by SQL, its message
-        has done its duty; a `generate` is for another worker, at once."""
+        """Messages of what was not done in time, or not begun, are for other workers, at once.
+        (That of a shard that was given back is of an old attempt by now, and refused there.)"""
         for place in list(self._places.values()):
             request = state.requests.get(place.task_id)
             if request is None or place.ended:
                 continue
             place.ended = True
-            if place.name == PREFILL_TASK:
-                request.acknowledge()
-            elif place.name == GENERATE_TASK:
-                request.reject(requeue=True)
+            request.reject(requeue=True)
 
     def on_terminate(self) -> None:
         """Cold shutdown: the same without waiting."""

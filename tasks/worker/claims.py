@@ -3,7 +3,8 @@
 1. `_claim`: as many hand-offs as there is room for, the own host's first. From here on `_renew`
    keeps their leases.
 2. A hold in SQL for each. Refused (it has a row, or a live worker): released at once, so that the
-   producer unpins.
+   producer unpins. So is the second hand-off of a request that is here already; that comes of
+   a registry that was emptied.
 3. `Adopt` to the engine, which pulls and proves.
 4. `pulled`: released in the registry; the producer unpins. `failed`: the hold is dropped and the
    producer told, which runs the request again.
@@ -135,32 +136,45 @@ class Claims:
         return 0.0
 
     def _take(self, worker: WorkerId, claims: list[Claim]) -> None:
-        keys = {claim.id: split_key(key_of(claim.id)) for claim in claims}
+        new = [claim for claim in claims if not self._room.has(key_of(claim.id))]
+        for claim in claims:
+            if claim not in new and not self._room.is_pulling(claim.id):
+                self._ended.put((claim.id, None))
+        keys = {claim.id: split_key(key_of(claim.id)) for claim in new}
         try:
             granted = self._granted(worker, list(keys.values()))
+            taken = self._taken_by_others(set(keys.values()) - granted)
         except BaseException:
             self._unsure.update(keys.values())
-            with self._lock:  # not ours any more: the leases end, others claim
-                for claim in claims:
-                    self._fences.pop(claim.id, None)
+            self._forget(keys)
             raise
-        mine = [claim for claim in claims if keys[claim.id] in granted]
-        for claim in claims:
-            if keys[claim.id] not in granted:
+        mine = [claim for claim in new if keys[claim.id] in granted]
+        for claim in new:
+            if keys[claim.id] in taken:
                 self._ended.put((claim.id, None))
+        self._forget([id_ for id_, key in keys.items() if key not in taken | granted])
         for claim in mine:
             self._room.claimed(claim.id, key_of(claim.id), claim.num_bytes)
         if mine:
             self._adopt(Adopt([Adoption(claim.id, claim.descriptor) for claim in mine]))
 
+    def _forget(self, handoff_ids: Iterable[str]) -> None:
+        """Not ours after all (we are fenced, or the database is away): leases end, others claim."""
+        with self._lock:
+            for handoff_id in handoff_ids:
+                self._fences.pop(handoff_id, None)
+
     def _granted(self, worker: WorkerId, keys: list[Key]) -> set[Key]:
-        try:
-            return self._store.holds.take(worker, keys)
-        except UnknownJob as error:  # offered by a worker on another database
-            logger.error("a hand-off is dropped: %s", error)
-            if len(keys) == 1:
-                return set()
-            return set().union(*(self._granted(worker, [key]) for key in keys))
+        return _each_job(lambda known: self._store.holds.take(worker, known), keys)
+
+    def _taken_by_others(self, keys: set[Key]) -> set[Key]:
+        """Those with a row or a live holder."""
+
+        def taken(known: list[Key]) -> set[Key]:
+            owners = self._store.holds.owners(known)
+            return {key for key, owner in owners.items() if owner is not None}
+
+        return _each_job(taken, list(keys)) if keys else set()
 
     def _settle(self) -> float:
         """Release what was pulled, report what failed; many at a time, again after an outage."""
@@ -203,3 +217,18 @@ class Claims:
                     for handoff_id in lost:
                         self._fences.pop(handoff_id, None)
         return self._lease_s / 4
+
+
+def _each_job(work: Callable[[list[Key]], set[Key]], keys: list[Key]) -> set[Key]:
+    """`work` on all keys; on those of each job apart where a job is unknown (it was offered by a
+    worker on another database) and leaves its keys out."""
+    try:
+        return work(keys)
+    except UnknownJob as error:
+        by_job: dict[str, list[Key]] = {}
+        for key in keys:
+            by_job.setdefault(key[0], []).append(key)
+        if len(by_job) > 1:
+            return set().union(*(_each_job(work, some) for some in by_job.values()))
+        logger.error("hand-offs are left alone: %s", error)
+        return set()

@@ -2,7 +2,7 @@
 
 1. `start`: the engine's process is started; it loads the model and says `Ready`. Not before that
    is the worker registered, and its loops begin.
-2. Prefill and mixed: `submit_shard` claims a shard in SQL (in a thread of its own) and gives its
+2. Prefill and mixed: `submit_shard` gives a shard to `Intake`, which claims it and gives its
    requests to the engine. Decode: `Claims` takes hand-offs from the registry.
 3. Events of the engine: finished requests go to the writer, prefilled ones to `Offers`.
 4. A shard is over when its last request left; whoever submitted it is told then.
@@ -16,30 +16,27 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import msgspec
+from typing import Any
 
 from pdbatch.config import Settings
 from pdbatch.engine import messages as msg
 from pdbatch.engine.handoff import Registry, open_registry
 from pdbatch.engine.ipc import ChannelClosed
 from pdbatch.engine.spawn import EngineProcess
-from pdbatch.errors import EngineDied, EngineError, StoreError, UnknownJob
-from pdbatch.formats import decode_spec
-from pdbatch.ids import JobId, RequestKey, ShardIndex, WorkerId, request_key, split_key
+from pdbatch.errors import EngineDied, EngineError, StoreError
+from pdbatch.ids import JobId, split_key
 from pdbatch.local.processes import worker_name
 from pdbatch.queues import connect
 from pdbatch.request import RequestError, RequestOutput
 from pdbatch.states import TERMINAL_JOB_STATES, JobState
-from pdbatch.store import ClaimedShard, Store
+from pdbatch.store import Store
 from tasks.worker.claims import Claims
 from tasks.worker.engine_config import engine_config, max_seqs
+from tasks.worker.intake import Intake, Over
 from tasks.worker.life import Life
 from tasks.worker.loop import Loop
 from tasks.worker.offers import Offers
@@ -54,19 +51,6 @@ CLAIM_AHEAD = 1.5
 """Hand-offs claimed for each sequence that can run: the next ones come while these run."""
 WATCH_EVERY_S = 2.0
 
-Over = Callable[[], None]
-
-
-class _Wanted(NamedTuple):
-    """A shard to be claimed."""
-
-    job: JobId
-    shard: ShardIndex
-    attempt: int
-    on_over: Over
-    unsure_of: WorkerId | None = None
-    """Who may have it already: a claim whose answer did not come."""
-
 
 class WorkerCore:
     """See the module. Raises from `start` what kept the engine from starting."""
@@ -80,12 +64,10 @@ class WorkerCore:
         self.stats: msg.Stats | None = None
         self.offers: Offers | None = None
         self.claims: Claims | None = None
-        self._wanted: queue.SimpleQueue[_Wanted] = queue.SimpleQueue()
-        self._over: queue.SimpleQueue[tuple[OpenShard, Over]] = queue.SimpleQueue()
+        self.intake: Intake | None = None
         self._draining = False
         self._dying = threading.Lock()
         self._drained = threading.Event()
-        self._loops: list[Loop] = []
 
     # --- start
 
@@ -119,14 +101,9 @@ class WorkerCore:
             on_bug=self.die,
         )
         self._send(msg.Reset(self.life.epoch))
-        self._open_registry()
-        self._loops = [
-            Loop("claims of shards", self._claim_shard, self.die),
-            Loop("ends of shards", self._end_shard, self.die),
-            Loop("watch", self._watch, self.die),
-        ]
-        for loop in self._loops:
-            loop.start()
+        self._open_ways()
+        self._loop = Loop("watch", self._watch, self.die)
+        self._loop.start()
         threading.Thread(target=self._read, name="pdbatch-engine", daemon=True).start()
         self.life.begin()
         logger.info(
@@ -146,7 +123,19 @@ class WorkerCore:
             if isinstance(event, msg.Fatal):
                 raise EngineError(f"{event.error}: {event.message}")
 
-    def _open_registry(self) -> None:
+    def _open_ways(self) -> None:
+        """In: shards, or hand-offs. Out, beside rows: hand-offs of a prefill worker."""
+        if self.settings.role != "decode":
+            self.intake = Intake(
+                self.store,
+                self.life,
+                self.shards,
+                hands_off=self.settings.role == "prefill",
+                may_claim=lambda: not self.writer.is_full,
+                submit=self._send,
+                write=self.writer.put,
+                on_bug=self.die,
+            )
         if self.settings.role == "mixed":
             return
         assert self.settings.broker_url, "a worker has a broker"
@@ -185,90 +174,17 @@ class WorkerCore:
     # --- work in
 
     def submit_shard(self, job: str, shard: int, attempt: int, on_over: Over) -> None:
-        """Claim it and run what is left of it. `on_over` is called once, from some thread: when
-        all its requests have left, or at once where the claim is refused."""
-        self._wanted.put(_Wanted(JobId(job), ShardIndex(shard), attempt, on_over))
+        """See `Intake.submit`; a decode worker is asked for none."""
+        if self.intake is None:
+            on_over()
+        else:
+            self.intake.submit(job, shard, attempt, on_over)
 
     def cancel_shard(self, job: str, shard: int) -> None:
         """Rows `batch_cancelled` for what has none; its requests are dropped here."""
         self.store.shards.cancel(JobId(job), shard)
         if found := self.shards.find(job, shard):
             self._drop(found)
-
-    def _claim_shard(self) -> float:
-        if self.writer.is_full:
-            return 0.1
-        try:
-            wanted = self._wanted.get(timeout=0.5)
-        except queue.Empty:
-            return 0.0
-        if self._draining:
-            wanted.on_over()
-            return 0.0
-        try:
-            with self.life.taking:
-                taken = self._take(wanted)
-        except StoreError:
-            self._wanted.put(wanted._replace(unsure_of=self.life.id))
-            raise
-        if not taken:
-            wanted.on_over()
-        return 0.0
-
-    def _take(self, wanted: _Wanted) -> bool:
-        """Claim and submit; False where there is nothing to run."""
-        job, shard, attempt = wanted.job, wanted.shard, wanted.attempt
-        try:
-            if wanted.unsure_of:  # the answer to an earlier claim may have been lost
-                self.store.shards.give_back(wanted.unsure_of, job, shard, attempt)
-            claimed = self.store.shards.claim(self.life.id, job, shard, attempt)
-        except UnknownJob as error:
-            logger.error("a message is dropped: %s", error)  # it is of another database
-            return False
-        if claimed is not None:
-            self._submit(claimed, wanted.on_over)
-        return claimed is not None
-
-    def _submit(self, claimed: ClaimedShard, on_over: Over) -> None:
-        requests: list[msg.EngineRequest] = []
-        broken: list[RequestOutput] = []
-        keys: dict[RequestKey, msg.EngineRequest] = {}
-        for request in claimed.requests:
-            key = request_key(claimed.job, request.index)
-            try:
-                spec = decode_spec(request.body)
-            except (msgspec.MsgspecError, ValueError) as error:
-                broken.append(RequestOutput(key=key, error=_unreadable(error)))
-                continue
-            keys[key] = msg.EngineRequest(key=key, spec=spec, priority=claimed.priority)
-            requests.append(keys[key])
-        left = keys | {RequestKey(o.key): _NOTHING for o in broken}
-        self.shards.add(
-            OpenShard(
-                job=claimed.job,
-                shard=claimed.shard,
-                attempt=claimed.attempt,
-                on_over=lambda shard: self._over.put((shard, on_over)),
-                left=left,
-            )
-        )
-        self.writer.put(broken)
-        if requests:
-            self._send(msg.Submit(requests))
-
-    def _end_shard(self) -> float:
-        try:
-            shard, on_over = self._over.get(timeout=0.5)
-        except queue.Empty:
-            return 0.0
-        if self.settings.role == "prefill":
-            try:
-                self.store.shards.hand_off(self.life.id, shard.job, shard.shard, shard.attempt)
-            except StoreError:
-                self._over.put((shard, on_over))
-                raise
-        on_over()
-        return 0.0
 
     # --- events of the engine
 
@@ -379,6 +295,8 @@ class WorkerCore:
         """Take nothing new, end what runs within the deadline, give the rest back, leave."""
         deadline = time.monotonic() + deadline_s
         self._draining = True
+        if self.intake is not None:
+            self.intake.close()
         if self.claims is not None:
             self.claims.stop_claiming()
         self._send(msg.Drain())
@@ -396,11 +314,10 @@ class WorkerCore:
     def close(self) -> None:
         """End the engine and all loops."""
         self._drained.set()
-        for part in (self.offers, self.claims, self.writer):
+        for part in (self.intake, self.offers, self.claims, self.writer):
             if part is not None:
                 part.stop()
-        for loop in self._loops:
-            loop.stop(timeout_s=1.0)
+        self._loop.stop(timeout_s=1.0)
         self.engine.close(timeout_s=5.0)
         self.store.close()
 
@@ -439,11 +356,3 @@ class WorkerCore:
 
 
 _DROP = TERMINAL_JOB_STATES - {JobState.COMPLETED} | {JobState.CANCELLING}
-_NOTHING = msg.EngineRequest(key="", spec=decode_spec(b'{"prompt":""}'))
-
-
-def _unreadable(error: Exception) -> RequestError:
-    return RequestError(
-        code="batch_failed",
-        message=f"The stored request cannot be read: {error}; submit it again.",
-    )

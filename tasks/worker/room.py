@@ -45,6 +45,14 @@ class Room:
             count = self.max_seqs - len(self._inside)
             return max(0, count), max(0, blocks) * self.info.block_bytes
 
+    def has(self, key: str) -> bool:
+        """Whether the request is here, or on its way."""
+        return key in self._inside
+
+    def is_pulling(self, handoff_id: str) -> bool:
+        """Whether this very hand-off is on its way."""
+        return handoff_id in self._sizes
+
     def claimed(self, handoff_id: str, key: str, num_bytes: int) -> None:
         """A claim is on its way to the engine."""
         with self._lock:

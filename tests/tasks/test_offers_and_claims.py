@@ -191,6 +191,37 @@ def test_an_emptied_registry_is_filled_again_with_what_nobody_has(
     assert producer.failed == []
 
 
+def test_a_request_that_is_here_already_is_not_adopted_again(
+    producer: Producer, consumer: Consumer, registry: MemoryRegistry, job: JobId
+) -> None:
+    key = request_key(job, 0)
+    producer.offer(key)
+    wait_for(lambda: consumer.adopted)
+    registry.clear()  # while it is pulled
+    producer.offers.take([Handoff(key, f"{key}/2", b"descriptor", 100)])
+    wait_for(lambda: f"{key}/2" in producer.unpinned)
+    consumer.claims.pulled([f"{key}/1"])
+    wait_for(lambda: len(producer.offers) == len(consumer.claims) == 0)
+    assert consumer.adopted == [f"{key}/1"] and consumer.room.inside() == [key]
+
+
+def test_a_fenced_worker_leaves_claims_to_others(
+    producer: Producer,
+    consumer: Consumer,
+    registry: MemoryRegistry,
+    store: Store,
+    job: JobId,
+    workers: list[WorkerId],
+) -> None:
+    store.workers.retire(workers[1])
+    consumer.may_claim.clear()
+    producer.offer(request_key(job, 0))
+    wait_for(lambda: registry.depth() == 1)
+    consumer.may_claim.set()
+    wait_for(lambda: registry.depth() == 0 and len(consumer.claims) == 0)
+    assert producer.unpinned == [] and consumer.adopted == []
+
+
 def test_withdrawn_offers_are_gone(
     producer: Producer, consumer: Consumer, registry: MemoryRegistry, job: JobId
 ) -> None:
