@@ -25,9 +25,7 @@ from typing import Any
 from pdbatch.config import Settings
 from pdbatch.engine import messages as msg
 from pdbatch.engine.handoff import Registry, open_registry
-from pdbatch.engine.ipc import ChannelClosed
-from pdbatch.engine.spawn import EngineProcess
-from pdbatch.errors import EngineDied, EngineError, StoreError
+from pdbatch.errors import EngineDied, StoreError
 from pdbatch.ids import JobId, split_key
 from pdbatch.local.processes import worker_name
 from pdbatch.queues import connect
@@ -36,6 +34,7 @@ from pdbatch.states import TERMINAL_JOB_STATES, JobState
 from pdbatch.store import Store
 from tasks.worker.claims import Claims
 from tasks.worker.engine_config import engine_config, max_seqs
+from tasks.worker.engine_link import EngineLink
 from tasks.worker.intake import Intake, Over
 from tasks.worker.life import Life
 from tasks.worker.loop import Loop
@@ -76,12 +75,8 @@ class WorkerCore:
 
         `while_waiting` is called twice a second until then; what it raises ends the start."""
         config = engine_config(self.settings, worker=self.name, host=self.host)
-        self.engine = EngineProcess.start(config)
-        try:
-            self.info = self._await_ready(while_waiting)
-        except BaseException:
-            self.engine.kill()
-            raise
+        self.engine = EngineLink(config, while_waiting)
+        self.info = self.engine.info
         self.writer = ResultWriter(
             self.store,
             lambda: self.life.id,
@@ -100,11 +95,11 @@ class WorkerCore:
             on_fenced=self._on_fenced,
             on_bug=self.die,
         )
-        self._send(msg.Reset(self.life.epoch))
+        self.engine.send(msg.Reset(self.life.epoch))
         self._open_ways()
         self._loop = Loop("watch", self._watch, self.die)
         self._loop.start()
-        threading.Thread(target=self._read, name="pdbatch-engine", daemon=True).start()
+        self.engine.listen(self._on_event, self.die)
         self.life.begin()
         logger.info(
             "%s serves %s as %s on %s",
@@ -113,15 +108,6 @@ class WorkerCore:
             self.info.role,
             self.info.device,
         )
-
-    def _await_ready(self, while_waiting: Callable[[], None]) -> msg.EngineInfo:
-        while True:
-            event = self.engine.channel.receive(timeout_s=0.5)
-            while_waiting()
-            if isinstance(event, msg.Ready):
-                return event.info
-            if isinstance(event, msg.Fatal):
-                raise EngineError(f"{event.error}: {event.message}")
 
     def _open_ways(self) -> None:
         """In: shards, or hand-offs. Out, beside rows: hand-offs of a prefill worker."""
@@ -132,7 +118,7 @@ class WorkerCore:
                 self.shards,
                 hands_off=self.settings.role == "prefill",
                 may_claim=lambda: not self.writer.is_full,
-                submit=self._send,
+                submit=self.engine.send,
                 write=self.writer.put,
                 on_bug=self.die,
             )
@@ -149,7 +135,7 @@ class WorkerCore:
                 worker=lambda: self.life.id,
                 host=self.host,
                 lease_s=self.settings.kv_lease_s,
-                unpin=lambda ids: self._send(msg.Unpin(ids)),
+                unpin=lambda ids: self.engine.send(msg.Unpin(ids)),
                 on_left=self.shards.leave,
                 on_failed=self._run_again,
                 on_bug=self.die,
@@ -167,7 +153,7 @@ class WorkerCore:
             lease_s=self.settings.claim_lease_s,
             claim_bytes=self.settings.claim_bytes,
             may_claim=lambda: not (self._draining or self.writer.is_full),
-            adopt=self._send,
+            adopt=self.engine.send,
             on_bug=self.die,
         )
 
@@ -187,16 +173,6 @@ class WorkerCore:
             self._drop(found)
 
     # --- events of the engine
-
-    def _read(self) -> None:
-        try:
-            while (event := self.engine.channel.receive()) is not None:
-                self._on_event(event)
-        except ChannelClosed as error:
-            if not self._drained.is_set():
-                self.die(EngineDied(str(error)))
-        except BaseException as error:
-            self.die(error)
 
     def _on_event(self, event: msg.Event) -> None:
         match event:
@@ -237,7 +213,7 @@ class WorkerCore:
         request, failures = found
         if failures < self.settings.max_attempts:
             logger.info("%s is prefilled again: %s", key, reason)
-            self._send(msg.Submit([request]))
+            self.engine.send(msg.Submit([request]))
             return
         text = f"Its KV could not be handed over {failures} times; last: {reason}."
         error = RequestError(code="batch_failed", message=text)
@@ -269,7 +245,7 @@ class WorkerCore:
                 self._drop(shard)
         dropped = [key for key in keys if split_key(key)[0] in over]
         if dropped:
-            self._send(msg.Abort(dropped))
+            self.engine.send(msg.Abort(dropped))
             for key in dropped:
                 self.room.gone(key)
         return WATCH_EVERY_S
@@ -278,7 +254,7 @@ class WorkerCore:
         keys = list(shard.left)
         if self.offers is not None:
             self.offers.withdraw(keys)
-        self._send(msg.Abort(list(map(str, keys))))
+        self.engine.send(msg.Abort(list(map(str, keys))))
         self.shards.leave(keys)
 
     def _on_fenced(self, epoch: int) -> None:
@@ -287,7 +263,7 @@ class WorkerCore:
         if self.claims is not None:
             self.claims.clear()
             self.room.clear()
-        self._send(msg.Reset(epoch))
+        self.engine.send(msg.Reset(epoch))
         for shard in self.shards.clear():
             shard.on_over(shard)  # not ours any more: its message is acknowledged
 
@@ -299,12 +275,11 @@ class WorkerCore:
             self.intake.close()
         if self.claims is not None:
             self.claims.stop_claiming()
-        self._send(msg.Drain())
+        self.engine.send(msg.Drain())
         self._drained.wait(max(0.0, deadline - time.monotonic()))
         while self.offers is not None and len(self.offers) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.writer.flush(max(1.0, deadline - time.monotonic()))
-        self._drained.set()
         try:
             self.life.end()
         except StoreError as error:
@@ -313,12 +288,11 @@ class WorkerCore:
 
     def close(self) -> None:
         """End the engine and all loops."""
-        self._drained.set()
         for part in (self.intake, self.offers, self.claims, self.writer):
             if part is not None:
                 part.stop()
         self._loop.stop(timeout_s=1.0)
-        self.engine.close(timeout_s=5.0)
+        self.engine.close()
         self.store.close()
 
     def die(self, error: BaseException) -> None:
@@ -350,9 +324,6 @@ class WorkerCore:
             logger.exception("could not give the work back; the reconciler will")
         finally:
             os._exit(EXIT_ENGINE_DIED)
-
-    def _send(self, command: msg.Command) -> None:
-        self.engine.channel.send(command)
 
 
 _DROP = TERMINAL_JOB_STATES - {JobState.COMPLETED} | {JobState.CANCELLING}
