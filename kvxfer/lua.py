@@ -8,10 +8,17 @@ Keys, all with one hash tag so that they lie in one slot of a Cluster (`NS` is `
     NS:claim       zset  id by the end of its claim's lease, ms
     NS:ready       zset  id by order of publication
     NS:own:HOST    zset  the same for one host; claims by others are removed from it when met
-    NS:seq         the last order or fence given out
+    NS:seq         the last order or fence given out; begins with the time in microseconds, so that
+                   after the keys were lost no old fence fits a new claim
     NS:ended:WHO   list  id, kind, reason, joined by tabs, of one producer
 
 KEYS[1..6] are the first six; KEYS[7] is the one of the host or producer that the call is about.
+What expires or is put back may belong to other hosts and producers: their keys are named in the
+script, with the same tag, hence in the same slot.
+
+A sweep does at most 512 things, so that no call holds the server up. Correctness does not hang on
+it: a lease is looked at wherever it counts. Time is the server's clock; one that jumps makes leases
+longer or shorter, which fences and the proofs after a read make harmless.
 """
 
 from __future__ import annotations
@@ -30,6 +37,13 @@ end
 local function put(id, m)
   redis.call('HSET', M, id, table.concat({m.producer, m.host, string.format('%d', m.bytes),
     string.format('%d', m.order), string.format('%d', m.fence)}, '\\t'))
+end
+local function next_number()
+  local n = redis.call('INCR', SEQ)
+  if n > 1 then return n end
+  n = t[1] * 1000000 + t[2]
+  redis.call('SET', SEQ, string.format('%d', n))
+  return n
 end
 local function offer(id, m)
   m.fence = 0
@@ -52,6 +66,15 @@ local function finish(id, m, kind, reason)
   redis.call('RPUSH', list, table.concat({id, kind, reason}, '\\t'))
   redis.call('PEXPIRE', list, 3600000)
 end
+local function over(set, id)
+  local until_ms = redis.call('ZSCORE', set, id)
+  return not until_ms or tonumber(until_ms) <= now
+end
+local function owned(id, fence)
+  local m = meta(id)
+  if m and m.fence ~= 0 and m.fence == tonumber(fence) and not over(CLAIM, id) then return m end
+  return nil
+end
 local function sweep()
   local count = 0
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', LEASE, '-inf', now, 'LIMIT', 0, 256)) do
@@ -68,16 +91,16 @@ local function sweep()
 end
 """
 
-# ARGV: lease ms, producer, host, then id, bytes, descriptor for each
+# ARGV: lease ms, then id, producer, host, bytes, descriptor for each
 PUBLISH = (
     _COMMON
     + """
-for i = 4, #ARGV, 3 do
+for i = 2, #ARGV, 5 do
   local id = ARGV[i]
   if redis.call('HEXISTS', M, id) == 0 then
-    redis.call('HSET', D, id, ARGV[i + 2])
-    offer(id, {producer=ARGV[2], host=ARGV[3], bytes=tonumber(ARGV[i + 1]),
-      order=redis.call('INCR', SEQ), fence=0})
+    redis.call('HSET', D, id, ARGV[i + 4])
+    offer(id, {producer=ARGV[i + 1], host=ARGV[i + 2], bytes=tonumber(ARGV[i + 3]),
+      order=next_number(), fence=0})
   end
   redis.call('ZADD', LEASE, now + ARGV[1], id)
 end
@@ -101,12 +124,14 @@ for pass = 1, 2 do
       local m = meta(id)
       if not m or m.fence ~= 0 then
         redis.call('ZREM', set, id)
+      elseif over(LEASE, id) then
+        finish(id, m, 'expired', 'lease expired')
       elseif #found > 0 and m.bytes > room then
         full = true
         break
       else
         room = room - m.bytes
-        m.fence = redis.call('INCR', SEQ)
+        m.fence = next_number()
         put(id, m)
         redis.call('ZREM', READY, id)
         redis.call('ZREM', KEYS[7], id)
@@ -131,8 +156,7 @@ RENEW = (
 sweep()
 local lost = {}
 for i = 2, #ARGV, 2 do
-  local m = meta(ARGV[i])
-  if m and m.fence ~= 0 and m.fence == tonumber(ARGV[i + 1]) then
+  if owned(ARGV[i], ARGV[i + 1]) then
     redis.call('ZADD', CLAIM, now + ARGV[1], ARGV[i])
   else
     lost[#lost + 1] = ARGV[i]
@@ -149,8 +173,8 @@ END = (
 sweep()
 local refused = {}
 for i = 3, #ARGV, 2 do
-  local m = meta(ARGV[i])
-  if m and m.fence ~= 0 and m.fence == tonumber(ARGV[i + 1]) then
+  local m = owned(ARGV[i], ARGV[i + 1])
+  if m then
     finish(ARGV[i], m, ARGV[1], ARGV[2])
   else
     refused[#refused + 1] = ARGV[i]
@@ -160,14 +184,15 @@ return refused
 """
 )
 
-# ARGV: lease ms, then ids. Returns the unknown ids
+# ARGV: lease ms, producer, then ids. Returns the unknown ids
 RENEW_PUBLISHED = (
     _COMMON
     + """
 sweep()
 local unknown = {}
-for i = 2, #ARGV do
-  if redis.call('HEXISTS', M, ARGV[i]) == 1 then
+for i = 3, #ARGV do
+  local m = meta(ARGV[i])
+  if m and m.producer == ARGV[2] then
     redis.call('ZADD', LEASE, now + ARGV[1], ARGV[i])
   else
     unknown[#unknown + 1] = ARGV[i]
@@ -177,19 +202,19 @@ return unknown
 """
 )
 
-# ARGV: ids
+# ARGV: producer, then ids
 WITHDRAW = (
     _COMMON
     + """
-for _, id in ipairs(ARGV) do
-  local m = meta(id)
-  if m then forget(id, m) end
+for i = 2, #ARGV do
+  local m = meta(ARGV[i])
+  if m and m.producer == ARGV[1] then forget(ARGV[i], m) end
 end
 return 1
 """
 )
 
-# KEYS[7]: the producer's ended list; ARGV: ids. Returns those that are nowhere
+# KEYS[7]: the producer's ended list; ARGV: producer, then ids. Returns those that are nowhere
 MISSING = (
     _COMMON
     + """
@@ -198,8 +223,9 @@ for _, text in ipairs(redis.call('LRANGE', KEYS[7], 0, -1)) do
   ended[string.match(text, '^[^\\t]*')] = true
 end
 local gone = {}
-for _, id in ipairs(ARGV) do
-  if redis.call('HEXISTS', M, id) == 0 and not ended[id] then gone[#gone + 1] = id end
+for i = 2, #ARGV do
+  local m = meta(ARGV[i])
+  if not (m and m.producer == ARGV[1]) and not ended[ARGV[i]] then gone[#gone + 1] = ARGV[i] end
 end
 return gone
 """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from kvxfer.registry import Claim, Ended, EndKind, Publication
+from kvxfer.registry import Claim, Ended, EndKind, Publication, check
 
 
 @dataclass(slots=True)
@@ -27,14 +29,18 @@ class MemoryRegistry:
         self._entries: dict[str, _Entry] = {}
         self._ended: defaultdict[str, deque[Ended]] = defaultdict(deque)
         self._fence = 0
+        self._due = math.inf
+        """No lease ends before."""
         self._news = threading.Condition()
 
     def publish(self, items: Sequence[Publication], lease_s: float) -> None:
         """See `Registry`."""
+        check(items)
         with self._news:
+            self._expire()
             for item in items:
                 entry = self._entries.setdefault(item.id, _Entry(item, 0.0))
-                entry.lease_until = self._clock() + lease_s
+                entry.lease_until = self._until(lease_s)
 
     def claim(
         self, consumer: str, host: str, max_count: int, max_bytes: int, lease_s: float
@@ -42,16 +48,15 @@ class MemoryRegistry:
         """See `Registry`."""
         with self._news:
             self._expire()
-            ready = [entry for entry in self._entries.values() if entry.claim_until is None]
-            ready.sort(key=lambda entry: entry.item.host != host)  # stable: oldest first
             claims: list[Claim] = []
-            for entry in ready[: max(0, max_count)]:
+            for entry in islice(self._ready(host), max(0, max_count)):
                 if claims and entry.item.num_bytes > max_bytes:
                     break
                 max_bytes -= entry.item.num_bytes
                 self._fence += 1
-                entry.fence, entry.claim_until = self._fence, self._clock() + lease_s
-                claims.append(Claim(*_claimed(entry)))
+                entry.fence, entry.claim_until = self._fence, self._until(lease_s)
+                item = entry.item
+                claims.append(Claim(item.id, entry.fence, item.num_bytes, item.descriptor))
             return claims
 
     def renew(self, claims: Iterable[tuple[str, int]], lease_s: float) -> list[str]:
@@ -64,7 +69,7 @@ class MemoryRegistry:
                 if entry is None:
                     lost.append(id_)
                 else:
-                    entry.claim_until = self._clock() + lease_s
+                    entry.claim_until = self._until(lease_s)
             return lost
 
     def release(self, claims: Iterable[tuple[str, int]]) -> list[str]:
@@ -77,10 +82,14 @@ class MemoryRegistry:
 
     def collect(self, producer: str, timeout_s: float) -> list[Ended]:
         """See `Registry`."""
+        deadline = time.monotonic() + timeout_s
         with self._news:
-            self._expire()
-            self._news.wait_for(lambda: bool(self._ended[producer]), timeout_s)
-            return list(self._ended.pop(producer, ()))
+            while True:
+                self._expire()
+                left_s = deadline - time.monotonic()
+                if self._ended.get(producer) or left_s <= 0:
+                    return list(self._ended.pop(producer, ()))
+                self._news.wait(max(0.001, min(left_s, self._due - self._clock())))
 
     def renew_published(self, producer: str, ids: Iterable[str], lease_s: float) -> list[str]:
         """See `Registry`."""
@@ -88,8 +97,8 @@ class MemoryRegistry:
             self._expire()
             unknown = []
             for id_ in ids:
-                if id_ in self._entries:
-                    self._entries[id_].lease_until = self._clock() + lease_s
+                if self._is_of(producer, id_):
+                    self._entries[id_].lease_until = self._until(lease_s)
                 else:
                     unknown.append(id_)
             return unknown
@@ -98,13 +107,14 @@ class MemoryRegistry:
         """See `Registry`."""
         with self._news:
             for id_ in ids:
-                self._entries.pop(id_, None)
+                if self._is_of(producer, id_):
+                    del self._entries[id_]
 
     def missing(self, producer: str, ids: Iterable[str]) -> list[str]:
         """See `Registry`."""
         with self._news:
-            ended = {end.id for end in self._ended[producer]}
-            return [id_ for id_ in ids if id_ not in self._entries and id_ not in ended]
+            ended = {end.id for end in self._ended.get(producer, ())}
+            return [i for i in ids if not self._is_of(producer, i) and i not in ended]
 
     def sweep(self) -> int:
         """See `Registry`."""
@@ -114,7 +124,6 @@ class MemoryRegistry:
     def depth(self) -> int:
         """See `Registry`."""
         with self._news:
-            self._expire()
             return sum(entry.claim_until is None for entry in self._entries.values())
 
     def clear(self) -> None:
@@ -122,6 +131,24 @@ class MemoryRegistry:
         with self._news:
             self._entries.clear()
             self._ended.clear()
+
+    def _ready(self, host: str) -> Iterator[_Entry]:
+        """The oldest of the host first, then of others."""
+        for own in (True, False):
+            for entry in self._entries.values():
+                if entry.claim_until is None and (entry.item.host == host) is own:
+                    yield entry
+
+    def _until(self, lease_s: float) -> float:
+        until = self._clock() + lease_s
+        if until < self._due:
+            self._due = until
+            self._news.notify_all()  # who waits has to wake earlier
+        return until
+
+    def _is_of(self, producer: str, id_: str) -> bool:
+        entry = self._entries.get(id_)
+        return entry is not None and entry.item.producer == producer
 
     def _owned(self, id_: str, fence: int) -> _Entry | None:
         entry = self._entries.get(id_)
@@ -142,18 +169,19 @@ class MemoryRegistry:
 
     def _expire(self) -> int:
         now, count = self._clock(), 0
+        if now < self._due:
+            return 0
+        self._due = math.inf
         for id_, entry in list(self._entries.items()):
             if entry.lease_until <= now:
                 del self._entries[id_]
                 self._ended[entry.item.producer].append(Ended(id_, "expired", "lease expired"))
                 count += 1
-            elif entry.claim_until is not None and entry.claim_until <= now:
+                continue
+            if entry.claim_until is not None and entry.claim_until <= now:
                 entry.claim_until = None
                 count += 1
+            self._due = min(self._due, entry.lease_until, entry.claim_until or math.inf)
         if count:
             self._news.notify_all()
         return count
-
-
-def _claimed(entry: _Entry) -> tuple[str, int, int, bytes]:
-    return entry.item.id, entry.fence, entry.item.num_bytes, entry.item.descriptor

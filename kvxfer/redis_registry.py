@@ -6,15 +6,25 @@ redis. Time is the server's, so hosts need not agree on theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain, groupby
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, Final
 
 from kvxfer import lua
 from kvxfer.errors import RegistryUnavailable
-from kvxfer.registry import Claim, Ended, Publication
+from kvxfer.registry import Claim, Ended, Publication, check
 
 _SEP: Final = "\t"
+_AT_ONCE: Final = 512
+_WAIT_S: Final = 1.0
+"""Longest wait in one call to the server; the client's socket time-out must be above it."""
+_CLIENTS: Final = ("redis", "valkey")
+_BUGS: Final = (
+    *("WRONGTYPE", "user_script", "Error running script", "Error compiling script"),
+    *("unknown command", "wrong number of arguments", "value is not"),
+)
 
 
 class RedisRegistry:
@@ -34,9 +44,12 @@ class RedisRegistry:
 
     def publish(self, items: Sequence[Publication], lease_s: float) -> None:
         """See `Registry`."""
-        for (producer, host), group in groupby(items, lambda item: (item.producer, item.host)):
-            rest = chain.from_iterable((i.id, i.num_bytes, i.descriptor) for i in group)
-            self._run("PUBLISH", f"own:{host}", _ms(lease_s), producer, host, *rest)
+        check(items)
+        if items:
+            flat = chain.from_iterable(
+                (i.id, i.producer, i.host, i.num_bytes, i.descriptor) for i in items
+            )
+            self._run("PUBLISH", f"own:{items[0].host}", _ms(lease_s), *flat)
 
     def claim(
         self, consumer: str, host: str, max_count: int, max_bytes: int, lease_s: float
@@ -59,18 +72,22 @@ class RedisRegistry:
 
     def fail(self, claims: Iterable[tuple[str, int]], reason: str) -> list[str]:
         """See `Registry`."""
-        return self._end(claims, "failed", reason.replace(_SEP, " "))
+        return self._end(claims, "failed", reason)
 
     def collect(self, producer: str, timeout_s: float) -> list[Ended]:
         """See `Registry`. Waits in Redis, so it wakes at once."""
         key = f"{self._ns}:ended:{producer}"
-        more = self._call(lambda: self._client.lpop(key, 512))
-        if not more and timeout_s > 0:
-            first = self._call(lambda: self._client.blpop([key], timeout=timeout_s))
-            if not first:
+        deadline = time.monotonic() + timeout_s
+        while not (found := self._call(lambda: self._client.lpop(key, _AT_ONCE))):
+            self.sweep()
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
                 return []
-            more = [first[1], *(self._call(lambda: self._client.lpop(key, 511)) or ())]
-        parts = (_text(entry).split(_SEP, 2) for entry in more or ())
+            wait = partial(self._client.blpop, [key], timeout=min(_WAIT_S, max(left_s, 0.01)))
+            if first := self._call(wait):
+                found = [first[1], *self._more(key)]
+                break
+        parts = (_text(entry).split(_SEP, 2) for entry in found)
         return [Ended(id_, kind, reason) for id_, kind, reason in parts]  # type: ignore[arg-type]
 
     def renew_published(self, producer: str, ids: Iterable[str], lease_s: float) -> list[str]:
@@ -78,20 +95,20 @@ class RedisRegistry:
         wanted = list(ids)
         if not wanted:
             return []
-        unknown = self._run("RENEW_PUBLISHED", f"ended:{producer}", _ms(lease_s), *wanted)
+        unknown = self._run("RENEW_PUBLISHED", f"ended:{producer}", _ms(lease_s), producer, *wanted)
         return [_text(i) for i in unknown]
 
     def withdraw(self, producer: str, ids: Iterable[str]) -> None:
         """See `Registry`."""
         if wanted := list(ids):
-            self._run("WITHDRAW", f"ended:{producer}", *wanted)
+            self._run("WITHDRAW", f"ended:{producer}", producer, *wanted)
 
     def missing(self, producer: str, ids: Iterable[str]) -> list[str]:
         """See `Registry`."""
         wanted = list(ids)
-        return (
-            [_text(i) for i in self._run("MISSING", f"ended:{producer}", *wanted)] if wanted else []
-        )
+        if not wanted:
+            return []
+        return [_text(i) for i in self._run("MISSING", f"ended:{producer}", producer, *wanted)]
 
     def sweep(self) -> int:
         """See `Registry`."""
@@ -109,15 +126,30 @@ class RedisRegistry:
         keys = [*self._keys, f"{self._ns}:{last_key}"]
         return self._call(lambda: self._scripts[name](keys=keys, args=args))
 
-    def _call(self, work: Any) -> Any:
+    def _more(self, key: str) -> list[bytes]:
+        """What else lies in the list; the first is taken already, so a failure must not lose it."""
+        try:
+            return self._call(lambda: self._client.lpop(key, _AT_ONCE)) or []
+        except RegistryUnavailable:
+            return []
+
+    def _call(self, work: Callable[[], Any]) -> Any:
         try:
             return work()
+        except OSError as error:
+            raise RegistryUnavailable(f"{type(error).__name__}: {error}") from error
         except Exception as error:
-            if type(error).__module__.split(".")[0] in ("redis", "valkey") or isinstance(
-                error, OSError
-            ):
-                raise RegistryUnavailable(f"{type(error).__name__}: {error}") from error
-            raise
+            if type(error).__module__.partition(".")[0] not in _CLIENTS or _is_bug(error):
+                raise
+            raise RegistryUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+def _is_bug(error: Exception) -> bool:
+    """Whether trying again is of no use: the server refuses the command itself, or the client
+    refuses its arguments."""
+    if type(error).__name__ == "DataError":
+        return True
+    return type(error).__name__ == "ResponseError" and str(error).startswith(_BUGS)
 
 
 def _ms(seconds: float) -> int:

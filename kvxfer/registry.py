@@ -10,13 +10,17 @@ A life of one publication:
 Ended ones lie in a list for their producer until it collects them. A claim carries a fence: after
 its lease expired, or another claimed, release, fail and renew of the old owner are refused.
 A registry may be emptied at any moment: unknown ids are refused or `missing`, never an error.
-Every method may raise RegistryUnavailable; calling again is safe.
+Every method may raise RegistryUnavailable; calling again is safe: if only the answer was lost,
+claims run out, a release is refused the second time, and news that `collect` lost shows as
+`missing`. An id is published by one producer; the calls of another do not touch it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
+
+from kvxfer.errors import KVUsageError
 
 EndKind = Literal["released", "failed", "expired"]
 
@@ -53,7 +57,9 @@ class Registry(Protocol):
     """See the module. All durations are seconds."""
 
     def publish(self, items: Sequence[Publication], lease_s: float) -> None:
-        """Offer these; one that is there already stays as it is (its lease is renewed)."""
+        """Offer these; one that is there already stays as it is (its lease is renewed).
+
+        Raises KVUsageError for names that `check` refuses."""
 
     def claim(
         self, consumer: str, host: str, max_count: int, max_bytes: int, lease_s: float
@@ -72,7 +78,7 @@ class Registry(Protocol):
         """The KV could not be had: the producer must think again. Returns the ids refused."""
 
     def collect(self, producer: str, timeout_s: float) -> list[Ended]:
-        """What ended; waits up to `timeout_s` for the first. Given once."""
+        """What ended; waits up to `timeout_s` for the first. Given at most once."""
 
     def renew_published(self, producer: str, ids: Iterable[str], lease_s: float) -> list[str]:
         """Keep publications alive; returns the ids that the registry does not know."""
@@ -87,4 +93,15 @@ class Registry(Protocol):
         """Expire what is due; returns how many. Anybody may call it; claim does so too."""
 
     def depth(self) -> int:
-        """How many are ready."""
+        """How many are ready, with those whose lease ended since the last sweep."""
+
+
+def check(items: Sequence[Publication]) -> None:
+    """Raises KVUsageError unless ids, producers and hosts are non-empty and free of tabs (which
+    part the fields of a registry's records), and sizes are whole numbers from 0 on."""
+    for item in items:
+        for name in (item.id, item.producer, item.host):
+            if not name or "\t" in name:
+                raise KVUsageError(f"{name!r} is no name for a registry")
+        if type(item.num_bytes) is not int or not 0 <= item.num_bytes < 1 << 53:
+            raise KVUsageError(f"{item.id} has {item.num_bytes!r} bytes")
