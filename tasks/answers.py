@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import queue
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pdbatch.config import Settings
+from pdbatch.errors import UnknownJob
 from pdbatch.ids import JobId
 from pdbatch.states import TERMINAL_JOB_STATES
 from pdbatch.store import Store
@@ -22,6 +25,7 @@ from tasks.worker.loop import Loop
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.05
+_REMEMBERED = 1000
 
 Outcome = Callable[[], Any]
 
@@ -36,8 +40,9 @@ class Answers:
         self._new: queue.SimpleQueue[
             tuple[str, Sequence[Any], Mapping[str, Any], Callable[[Outcome], None]]
         ] = queue.SimpleQueue()
-        self._cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._open: dict[JobId, Callable[[Outcome], None]] = {}
+        self._revoked: deque[str] = deque(maxlen=_REMEMBERED)
+        self._open: dict[JobId, list[Callable[[Outcome], None]]] = {}
+        """Who waits for each job's row: more than one where a message came twice."""
         self._loop = Loop("answers", self._step, on_bug)
         self._loop.start()
 
@@ -55,9 +60,12 @@ class Answers:
     def cancel(self, task_id: str) -> None:
         """The task was revoked: its job is cancelled, nobody waits for it any more."""
         job = job_of(task_id)
+        self._revoked.append(task_id)
         self._open.pop(job, None)
         try:
             self._store.jobs.cancel(job)
+        except UnknownJob:
+            pass  # it was not taken in yet, and will not be
         except Exception as error:
             logger.warning("%s was revoked, its job not cancelled: %s", task_id, error)
 
@@ -68,15 +76,15 @@ class Answers:
     def _step(self) -> float:
         while not self._new.empty():
             task_id, args, kwargs, done = self._new.get()
-            self._take_in(task_id, args, kwargs, done)
+            if task_id not in self._revoked:
+                self._take_in(task_id, args, kwargs, done)
         if not self._open:
             return 1.0
         states = self._store.jobs.states(list(self._open))
         for job in [job for job, state in states.items() if state in TERMINAL_JOB_STATES]:
             row = self._store.results.get(job, 0)
-            done_one = self._open.pop(job, None)
-            if done_one is not None:
-                done_one(lambda row=row: outcome(row))  # type: ignore[misc]
+            for done in self._open.pop(job, ()):
+                done(partial(outcome, row))
         return LOOK_EVERY_S
 
     def _take_in(
@@ -94,4 +102,4 @@ class Answers:
             self._new.put((task_id, args, kwargs, done))  # the database is away: again later
             raise
         else:
-            self._open[job] = done
+            self._open.setdefault(job, []).append(done)

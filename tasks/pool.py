@@ -52,6 +52,8 @@ class Place:
     run: Callable[[], Any]
     """Celery's trace of the task."""
     callback: Callable[[Any], None]
+    began: float
+    """On the monotonic clock, s."""
     ended: bool = False
 
     def terminate(self, signal: int | None = None) -> None:
@@ -141,10 +143,11 @@ class EnginePool(BasePool):  # type: ignore[misc]
             kwargs=given,
             run=lambda: target(*args, **kwargs),
             callback=callback or (lambda _: None),
+            began=time.monotonic(),
         )
         self._places[place.pid] = place
         if accept_callback:
-            accept_callback(place.pid, time.monotonic())
+            accept_callback(place.pid, place.began)
         if name == PREFILL_TASK:
             self._start_shard(place)
         elif name == GENERATE_TASK:
@@ -176,7 +179,9 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def _trace(self, place: Place) -> None:
         """Celery's own run of the body: result, signals, chords."""
-        self._done.append((place, place.run()))
+        failed, value, _ = place.run()
+        runtime_s = time.monotonic() - place.began  # of the work, not of the body
+        self._done.append((place, (failed, value, runtime_s)))
         with suppress(BlockingIOError, OSError):  # a full pipe wakes the loop too
             os.write(self._wake_write, b"x")
 
