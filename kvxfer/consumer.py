@@ -15,6 +15,7 @@ from kvxfer.errors import (
     PoolExhausted,
     StaleEpoch,
     StaleGeneration,
+    TransferTimeout,
     TransportError,
 )
 from kvxfer.layout import KVLayout
@@ -58,16 +59,21 @@ class KVConsumer:
         """Copies the descriptor's blocks from `skip_blocks` on into `dst_block_ids`.
 
         Returns only if layout, epoch and the generation of every copied block are proved, the
-        latter two after the last byte came. Raises LayoutMismatch, PoolExhausted, StaleEpoch,
-        StaleGeneration, TransportError and its kinds; the destination then holds nothing of use.
+        latter two after the last byte came. Raises LayoutMismatch, PoolExhausted, BadDescriptor
+        (an address that makes no sense), KVUsageError (blocks that are not in our region),
+        StaleEpoch, StaleGeneration, TransportError and its kinds; the destination then holds
+        nothing of use. What the tokens are is the caller's to prove: `descriptor.prove_tokens`.
         """
         if descriptor.layout != self.layout.fingerprint:
             raise LayoutMismatch(
                 f"the producer's layout is {descriptor.layout}, ours {self.layout.fingerprint}"
             )
+        if skip_blocks < 0:
+            raise KVUsageError(f"{skip_blocks} blocks to skip")
         source = descriptor.block_ids[skip_blocks:]
         if len(dst_block_ids) != len(source):
             raise PoolExhausted(f"{len(source)} blocks to pull, {len(dst_block_ids)} to put them")
+        self.region.check(dst_block_ids)
         start = time.perf_counter()
         if not source:
             return PullStats(0, 0.0, "none")
@@ -95,6 +101,7 @@ class KVConsumer:
                 continue
             left_s = deadline - time.perf_counter()
             if left_s <= 0:
+                failed = failed or TransferTimeout("no time was left to begin")
                 break
             try:
                 found = transport.read(address, source, self.region, destination, left_s)

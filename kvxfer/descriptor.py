@@ -59,19 +59,44 @@ class KVDescriptor:
         """The inverse. Raises BadDescriptor that names what is wrong."""
         try:
             values = json.loads(text)
-            values["block_ids"] = tuple(map(int, values["block_ids"]))
-            values["generations"] = tuple(map(int, values["generations"]))
+            values["block_ids"] = _numbers(values, "block_ids")
+            values["generations"] = _numbers(values, "generations")
             values["payload"] = base64.b64decode(values["payload"], validate=True)
             found = cls(**values)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadDescriptor(f"not a KV descriptor: {error}") from error
-        if len(found.block_ids) != len(found.generations):
-            raise BadDescriptor(
-                f"{len(found.block_ids)} blocks but {len(found.generations)} generations"
-            )
+        found._check()
         return found
+
+    def _check(self) -> None:
+        """What came from elsewhere has the types that are written here. Raises BadDescriptor."""
+        for name in ("id", "producer", "host", "layout", "token_hash"):
+            if not isinstance(getattr(self, name), str):
+                raise BadDescriptor(f"{name} is {getattr(self, name)!r}, not a string")
+        for name in ("epoch", "num_tokens", "num_bytes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise BadDescriptor(f"{name} is {value!r}, not a number from 0 on")
+        if not isinstance(self.endpoints, dict) or not all(
+            isinstance(address, dict) for address in self.endpoints.values()
+        ):
+            raise BadDescriptor("endpoints are not addresses by transport")
+        if len(self.block_ids) != len(self.generations):
+            raise BadDescriptor(
+                f"{len(self.block_ids)} blocks but {len(self.generations)} generations"
+            )
 
     def prove_tokens(self, token_ids: Sequence[int]) -> None:
         """Raises TokenMismatch unless the KV was computed from exactly these tokens."""
         if token_hash(token_ids) != self.token_hash:
             raise TokenMismatch(f"the KV of {self.id} belongs to other tokens")
+
+
+def _numbers(values: dict[str, Any], name: str) -> tuple[int, ...]:
+    """A list of whole numbers from 0 on, none above 64 bits."""
+    found = tuple(values[name])
+    if any(type(number) is not int for number in found):
+        raise ValueError(f"{name} holds something else than whole numbers")
+    if found and not 0 <= min(found) <= max(found) < 1 << 64:
+        raise ValueError(f"{name} holds {min(found)} to {max(found)}")
+    return found

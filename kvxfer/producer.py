@@ -48,8 +48,9 @@ class KVProducer:
         payload: bytes = b"",
     ) -> KVDescriptor:
         """The blocks hold the KV of `token_ids`, the last one perhaps in part. Raises KVUsageError
-        for an id that is pinned already or for too few blocks."""
+        for an id that is pinned already, for too few blocks, for one that the region has not."""
         blocks = tuple(block_ids)
+        self.region.check(blocks)
         if len(blocks) * self.layout.block_size < len(token_ids):
             raise KVUsageError(f"{len(blocks)} blocks cannot hold {len(token_ids)} tokens")
         with self._lock:

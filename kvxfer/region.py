@@ -1,6 +1,6 @@
 """The memory that KV blocks lie in, with what proves that a block is still the same.
 
-    header, one page: magic, epoch, blocks, block bytes, state
+    header, one page: magic, epoch, blocks, block bytes, 1 while open, the region's id
     generations: 8 bytes a block, in whole pages
     blocks
 
@@ -9,7 +9,8 @@ the epoch when a new life begins. A reader copies first and looks at both afterw
 prove that no byte it copied was overwritten meanwhile (the idea of a seqlock).
 
 A shared region is a memfd: a peer of the same user maps it through `/proc/<pid>/fd/<n>`. It has no
-name in any file system, so a killed owner leaves nothing behind once its readers let go.
+name in any file system, so a killed owner leaves nothing behind once its readers let go, and no
+sweep is needed. The id in the header tells a peer whether that descriptor is still this region.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from collections.abc import Iterable, Sequence
 
 from kvxfer.errors import KVUsageError
 
-MAGIC = 0x4B56_5846_4552_0001
+MAGIC = 0x4B56_5846_4552_0002
 PAGE_BYTES = 4096
-_HEADER = struct.Struct("<QQQQQ")  # magic, epoch, num_blocks, block_bytes, 1 while open
-_EPOCH, _OPEN = 1, 4
+HEADER = struct.Struct("=QQQQQQ")  # magic, epoch, num_blocks, block_bytes, 1 while open, id
+EPOCH, OPEN = 1, 4
 
 
 def data_offset(num_blocks: int) -> int:
@@ -53,12 +54,13 @@ class Region:
         if shared:
             os.ftruncate(self.fd, size)
         self._attach(mmap.mmap(self.fd, size))
-        _HEADER.pack_into(self._map, 0, MAGIC, epoch, num_blocks, block_bytes, 1)
+        number = int(self.id, 16)
+        HEADER.pack_into(self._map, 0, MAGIC, epoch, num_blocks, block_bytes, 1, number)
 
     def _attach(self, mapped: mmap.mmap) -> None:
         self._map = mapped
         view = memoryview(mapped)
-        self._head = view[: _HEADER.size].cast("Q")
+        self._head = view[: HEADER.size].cast("Q")
         self.generations = view[PAGE_BYTES : PAGE_BYTES + 8 * self.num_blocks].cast("Q")
         self.buffer = view[data_offset(self.num_blocks) :]
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
@@ -66,26 +68,32 @@ class Region:
     @property
     def epoch(self) -> int:
         """The owner's life."""
-        return int(self._head[_EPOCH])
+        return int(self._head[EPOCH])
 
     @epoch.setter
     def epoch(self, value: int) -> None:
-        self._head[_EPOCH] = value
+        self._head[EPOCH] = value
 
     @property
     def open(self) -> bool:
         """False once the owner revoked the region."""
-        return bool(self._head[_OPEN])
+        return bool(self._head[OPEN])
 
     def revoke(self) -> None:
         """No transport gives these bytes out any more."""
-        self._head[_OPEN] = 0
+        self._head[OPEN] = 0
 
     def bump(self, block_ids: Iterable[int]) -> None:
         """These blocks are about to hold other content. Call before the first write."""
         generations = self.generations
         for block in block_ids:
             generations[block] += 1
+
+    def check(self, block_ids: Sequence[int]) -> None:
+        """Raises KVUsageError unless the region has all of these blocks."""
+        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.num_blocks:
+            lowest, highest = min(block_ids), max(block_ids)
+            raise KVUsageError(f"blocks {lowest} to {highest} in a region of {self.num_blocks}")
 
     def stamps(self, block_ids: Sequence[int]) -> list[int]:
         """The generations of these blocks now."""
@@ -98,9 +106,8 @@ class Region:
         return self.buffer[start : start + self.block_bytes]
 
     def close(self) -> None:
-        """Revoke it and give the memory back; views that others still have keep it mapped."""
-        if self._map is None:
-            return
+        """Revoke it and let go of its descriptor. Idempotent. The memory goes back when the last
+        view of it is gone, this object's among them."""
         self.revoke()
         if self.fd >= 0:
             os.close(self.fd)

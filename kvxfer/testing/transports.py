@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import os
 import random
-import subprocess
-import sys
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import IO
 
 from kvxfer import (
+    BadDescriptor,
     KVConsumer,
     KVDescriptor,
     KVLayout,
     KVProducer,
+    KVTransferError,
+    KVUsageError,
     LayoutMismatch,
     PoolExhausted,
     Region,
@@ -27,9 +28,12 @@ from kvxfer import (
     StaleEpoch,
     StaleGeneration,
     TokenMismatch,
+    TransferTimeout,
     Transport,
     TransportError,
 )
+from kvxfer.testing import peers
+from kvxfer.testing.checks import holdings, raises, settles
 
 LAYOUTS = [
     KVLayout(
@@ -43,6 +47,16 @@ LAYOUTS = [
     )
     for size, layers, heads, dim in [(16, 2, 2, 8), (1, 1, 1, 1), (32, 3, 5, 7)]
 ]
+LARGE = KVLayout(
+    model="m",
+    dtype="float16",
+    itemsize=2,
+    block_size=16,
+    num_layers=32,
+    num_kv_heads=16,
+    head_dim=256,
+)
+"""Blocks of 8 MiB."""
 NUM_BLOCKS = 64
 
 
@@ -99,26 +113,6 @@ class TransportSuite:
             source.close()
             destination.close()
 
-    @contextmanager
-    def peer(self, code: str, layout: KVLayout) -> Iterator[tuple[subprocess.Popen[str], str]]:
-        """Another process with a served region of ones; yields it and its descriptor."""
-        text = _PEER.format(code=code, block_bytes=layout.block_bytes, layout=repr(layout))
-        process = subprocess.Popen(
-            [sys.executable, "-c", text],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            yield process, _line(process.stdout)
-        finally:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
-
     # --- equal bytes
 
     def test_equal_bytes_for_random_tables_and_layouts(self) -> None:
@@ -170,7 +164,7 @@ class TransportSuite:
         with self.pair() as pair:
             described = pair.offer([1, 2, 3])
             pair.source.bump([2])
-            _raises(StaleGeneration, lambda: pair.consumer.pull(described, [0, 1, 2]))
+            raises(StaleGeneration, lambda: pair.consumer.pull(described, [0, 1, 2]))
             fresh = pair.offer([1, 2, 3], "y")
             pair.consumer.pull(fresh, [0, 1, 2])
 
@@ -221,7 +215,7 @@ class TransportSuite:
         with self.pair() as pair:
             described = pair.offer([1])
             pair.producer.reset(8)
-            _raises(StaleEpoch, lambda: pair.consumer.pull(described, [0]))
+            raises(StaleEpoch, lambda: pair.consumer.pull(described, [0]))
 
     def test_a_revoked_region_cannot_be_read(self) -> None:
         """Neither by a peer that never read it nor by one that did."""
@@ -229,28 +223,66 @@ class TransportSuite:
             described = pair.offer([1])
             pair.consumer.pull(described, [0])
             pair.source.revoke()
-            _raises(Revoked, lambda: pair.consumer.pull(described, [0]))
+            raises(Revoked, lambda: pair.consumer.pull(described, [0]))
 
     def test_a_wrong_layout_is_refused_before_the_read(self) -> None:
         """Nothing is moved between pools of different shapes."""
         with self.pair(LAYOUTS[0]) as pair, self.pair(LAYOUTS[2]) as other:
             described = pair.offer([1])
             before = bytes(other.destination.block(0))
-            _raises(LayoutMismatch, lambda: other.consumer.pull(described, [0]))
+            raises(LayoutMismatch, lambda: other.consumer.pull(described, [0]))
             assert other.destination.block(0) == before
 
     def test_too_few_destination_blocks_are_refused(self) -> None:
         """The pool at the reader's end is exhausted."""
         with self.pair() as pair:
             described = pair.offer([1, 2, 3])
-            _raises(PoolExhausted, lambda: pair.consumer.pull(described, [0, 1]))
+            raises(PoolExhausted, lambda: pair.consumer.pull(described, [0, 1]))
 
     def test_other_tokens_are_noticed(self) -> None:
         """The hash in the descriptor is that of the tokens."""
         with self.pair() as pair:
             described = pair.offer([1])
             described.prove_tokens(range(pair.layout.block_size))
-            _raises(TokenMismatch, lambda: described.prove_tokens([1, 2, 3]))
+            raises(TokenMismatch, lambda: described.prove_tokens([1, 2, 3]))
+
+    # --- descriptors of others
+
+    def test_blocks_that_are_not_there_are_refused(self) -> None:
+        """Neither end touches memory outside of its region."""
+        with self.pair() as pair:
+            described = pair.offer([1, 2])
+            for blocks in ([1, NUM_BLOCKS], [1, 2**31]):
+                raises(
+                    BadDescriptor,
+                    partial(
+                        pair.consumer.pull, replace(described, block_ids=tuple(blocks)), [0, 1]
+                    ),
+                )
+            for into in ([0, NUM_BLOCKS], [-1, 0]):
+                raises(KVUsageError, partial(pair.consumer.pull, described, into))
+            pair.consumer.pull(described, [0, 1])
+            pair.assert_equal([1, 2], [0, 1])
+
+    def test_an_address_of_nonsense_is_an_error_of_ours(self) -> None:
+        """Every field missing, null, negative, huge or of another type, one at a time."""
+        with self.pair() as pair:
+            described = pair.offer([1, 2])
+            nonsense: list[object] = [None, -1, 2**70, "nobody", [], {}]
+            for name, address in described.endpoints.items():
+                for field in address:
+                    for value in nonsense:
+                        endpoints = {name: {**address, field: value}}
+                        wrong = replace(described, endpoints=endpoints)
+                        raises(KVTransferError, partial(self._pull, pair, wrong))
+                    rest = {key: found for key, found in address.items() if key != field}
+                    wrong = replace(described, endpoints={name: rest})
+                    raises(KVTransferError, partial(self._pull, pair, wrong))
+            pair.consumer.pull(described, [0, 1])
+
+    @staticmethod
+    def _pull(pair: Pair, descriptor: KVDescriptor) -> None:
+        pair.consumer.pull(descriptor, [0, 1], timeout_s=0.5)
 
     # --- peers that end
 
@@ -260,16 +292,63 @@ class TransportSuite:
         if code is None:
             return
         for reads_before in (0, 1):
-            with self.peer(code, LAYOUTS[0]) as (process, described), self.reader() as reader:
-                descriptor = KVDescriptor.from_json(described)
+            with peers.producing(code, LAYOUTS[0]) as (process, found), self.reader() as reader:
                 for _ in range(reads_before):
-                    reader.pull(descriptor, [0, 1], timeout_s=10)
+                    reader.pull(found, [0, 1], timeout_s=10)
                     assert reader.region.block(0) == b"\x01" * LAYOUTS[0].block_bytes
-                process.kill()
-                process.wait()
+                peers.kill(process)
                 start = time.monotonic()
-                _raises(TransportError, partial(reader.pull, descriptor, [0, 1], timeout_s=5))
+                raises(TransportError, partial(reader.pull, found, [0, 1], timeout_s=5))
                 assert time.monotonic() - start < 6
+
+    def test_a_producer_that_dies_in_mid_read_is_an_error_within_the_time(self) -> None:
+        """Four readers pull blocks of 8 MiB without a pause when it is killed."""
+        code = self.peer_code()
+        if code is None:
+            return
+        with peers.producing(code, LARGE) as (process, found), self.reader(LARGE) as reader:
+            reading, lock = threading.Barrier(5), threading.Lock()
+            errors: list[BaseException] = []
+            ones = b"\x01" * LARGE.block_bytes
+
+            def pull(first: int) -> None:
+                reader.pull(found, [first, first + 1], timeout_s=20)
+                reading.wait()
+                try:
+                    while True:
+                        reader.pull(found, [first, first + 1], timeout_s=20)
+                except BaseException as error:
+                    with lock:
+                        errors.append(error)
+                    if not isinstance(error, TransportError):
+                        raise
+
+            threads = [threading.Thread(target=pull, args=(2 * i,)) for i in range(4)]
+            for thread in threads:
+                thread.start()
+            reading.wait()
+            start = time.monotonic()
+            peers.kill(process)
+            for thread in threads:
+                thread.join(30)
+            assert time.monotonic() - start < 20
+            assert len(errors) == 4 and all(isinstance(e, TransportError) for e in errors), errors
+            assert reader.region.block(0) == ones  # what was proved before is still there
+
+    def test_a_stopped_producer_costs_at_most_the_timeout(self) -> None:
+        """Read all the same, or an error in time; and read again once it runs on."""
+        code = self.peer_code()
+        if code is None:
+            return
+        with peers.producing(code, LAYOUTS[0]) as (process, found), self.reader() as reader:
+            reader.pull(found, [0, 1], timeout_s=10)
+            peers.stop(process)
+            start = time.monotonic()
+            with contextlib.suppress(TransferTimeout):
+                reader.pull(found, [0, 1], timeout_s=0.5)
+            assert time.monotonic() - start < 2
+            process.send_signal(signal.SIGCONT)
+            reader.pull(found, [0, 1], timeout_s=10)
 
     def test_a_dead_reader_leaves_the_producer_well(self) -> None:
         """A reader that vanishes in the middle of its reads costs nobody else anything."""
@@ -278,23 +357,14 @@ class TransportSuite:
             return
         with self.pair() as pair:
             described = pair.offer([3, 1])
-            text = _READER.format(code=code, layout=repr(LAYOUTS[0]))
-            reader = subprocess.Popen(
-                [sys.executable, "-c", text],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            assert reader.stdin is not None and reader.stdout is not None
-            reader.stdin.write(described.to_json().decode() + "\n")
-            reader.stdin.flush()
-            assert _line(reader.stdout) == "reading"
-            reader.kill()
-            reader.wait()
-            reader.stdin.close()
-            reader.stdout.close()
+            pair.consumer.pull(described, [0, 1])
+            before = holdings()
+            for _ in range(3):
+                with peers.reading(code, LAYOUTS[0], described) as reader:
+                    peers.kill(reader)
             pair.consumer.pull(described, [0, 1])
             pair.assert_equal([3, 1], [0, 1])
+            assert settles(lambda: holdings() <= before), (before, holdings())
 
     # --- leaks
 
@@ -303,15 +373,15 @@ class TransportSuite:
         with self.pair() as pair:
             described = pair.offer([1, 2])
             pair.consumer.pull(described, [0, 1])
-            before = _holdings()
+            before = holdings()
             for turn in range(5000):
                 pair.consumer.pull(described, [turn % 32, 32 + turn % 32])
-            assert _settles(lambda: _holdings() <= before), (before, _holdings())
-        before = _holdings()
+            assert settles(lambda: holdings() <= before), (before, holdings())
+        before = holdings()
         for _ in range(20):
             with self.pair() as pair:
                 pair.consumer.pull(pair.offer([1]), [0])
-        assert _settles(lambda: _holdings() <= before), (before, _holdings())
+        assert settles(lambda: holdings() <= before), (before, holdings())
 
     @contextmanager
     def reader(self, layout: KVLayout = LAYOUTS[0]) -> Iterator[KVConsumer]:
@@ -323,73 +393,3 @@ class TransportSuite:
         finally:
             consumer.close()
             region.close()
-
-
-@dataclass(frozen=True)
-class _Holdings:
-    files: int
-    threads: int
-    mappings: int
-
-    def __le__(self, other: _Holdings) -> bool:
-        return (
-            self.files <= other.files
-            and self.threads <= other.threads
-            and self.mappings <= other.mappings
-        )
-
-
-def _holdings() -> _Holdings:
-    """Open files, threads and mapped regions of this process."""
-    gc.collect()
-    with open("/proc/self/maps", encoding="ascii", errors="replace") as file:  # noqa: PTH123
-        mappings = sum("memfd:kvxfer" in line for line in file)
-    return _Holdings(len(os.listdir("/proc/self/fd")), threading.active_count(), mappings)  # noqa: PTH208
-
-
-def _settles(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def _raises(kind: type[Exception], work: Callable[[], object]) -> None:
-    try:
-        work()
-    except kind:
-        return
-    raise AssertionError(f"no {kind.__name__} was raised")
-
-
-def _line(pipe: IO[str]) -> str:
-    line = pipe.readline().strip()
-    assert line, "the other process said nothing"
-    return line
-
-
-_PEER = """
-import sys
-from kvxfer import *
-{code}
-region = Region(8, {block_bytes})
-region.buffer[:] = bytes([1]) * len(region.buffer)
-producer = KVProducer(region, [transport], layout={layout}, producer="p#1", host="here", epoch=1)
-print(producer.pin("x", [1, 2], list(range(20))).to_json().decode(), flush=True)
-sys.stdin.read()
-"""
-
-_READER = """
-import sys
-from kvxfer import *
-{code}
-layout = {layout}
-consumer = KVConsumer(Region(8, layout.block_bytes), [transport], layout=layout)
-descriptor = KVDescriptor.from_json(sys.stdin.readline())
-consumer.pull(descriptor, [0, 1])
-print("reading", flush=True)
-while True:
-    consumer.pull(descriptor, [0, 1])
-"""

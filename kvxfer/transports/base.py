@@ -7,7 +7,9 @@ that; it does not close the region.
 Consumer's side: `reaches` is asked before each read and must be cheap and offline. `read` copies
 blocks and *afterwards* fetches epoch and generations; it is called from several threads at once.
 The destination blocks belong to the call until it returns or raises; what they hold after it
-raised is undefined. Every failure is a `TransportError`; nothing is retried here.
+raised is undefined. Every failure is a `TransportError`, an address that makes no sense a
+`BadDescriptor`; nothing is retried here. Descriptors come from elsewhere: a block that the peer's
+region does not have is an error like every other.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from kvxfer.errors import BadDescriptor
 from kvxfer.region import Region
 
 Address = Mapping[str, Any]
@@ -51,3 +54,19 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Stop serving, let go of what was opened at peers. Idempotent."""
+
+
+def number(address: Address, name: str) -> int:
+    """A whole number of an address. Raises BadDescriptor."""
+    value = address.get(name)
+    if type(value) is not int or value < 0:
+        raise BadDescriptor(f"an address whose {name} is {value!r}")
+    return value
+
+
+def text(address: Address, name: str) -> str:
+    """A string of an address. Raises BadDescriptor."""
+    value = address.get(name)
+    if not isinstance(value, str):
+        raise BadDescriptor(f"an address whose {name} is {value!r}")
+    return value

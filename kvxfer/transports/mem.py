@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvxfer.errors import PeerLost, Revoked, TransferTimeout
+from kvxfer.errors import BadDescriptor, PeerLost, Revoked, TransferTimeout
 from kvxfer.region import Region, runs
-from kvxfer.transports.base import Address, Stamp
+from kvxfer.transports.base import Address, Stamp, text
 
 _served: dict[str, Region] = {}
 _lock = threading.Lock()
@@ -51,7 +51,7 @@ class MemTransport:
 
     def reaches(self, address: Address, host: str) -> bool:
         """See `Transport`."""
-        return address.get("region") in _served
+        return text(address, "region") in _served
 
     def read(
         self,
@@ -63,11 +63,15 @@ class MemTransport:
     ) -> Stamp:
         """See `Transport`."""
         fault = self.faults.popleft() if self.faults else None
-        source = _served.get(address["region"])
+        source = _served.get(text(address, "region"))
         if source is None:
             raise PeerLost(f"no region {address['region']} in this process")
         if not source.open:
             raise Revoked("the region was revoked")
+        if source.block_bytes != destination.block_bytes:
+            raise BadDescriptor(f"blocks of {source.block_bytes} bytes there")
+        if src_blocks and max(src_blocks) >= source.num_blocks:
+            raise BadDescriptor(f"no block {max(src_blocks)} in that region")
         if fault and fault.kind in ("delay", "drop"):
             time.sleep(min(fault.seconds, timeout_s))
             if fault.kind == "drop" or fault.seconds >= timeout_s:
@@ -81,6 +85,8 @@ class MemTransport:
             destination.block(dst_blocks[0])[0] ^= 0xFF
         if fault and fault.kind == "reuse":
             source.bump(src_blocks[:1])
+        if not source.open:
+            raise Revoked("the region was revoked during the read")
         epoch = source.epoch + (1 if fault and fault.kind == "stale_epoch" else 0)
         return Stamp(epoch, source.stamps(src_blocks))
 

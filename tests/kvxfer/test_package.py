@@ -43,7 +43,7 @@ def test_bench_measures_every_transport() -> None:
     command += ["--block-kib", "64", "--rounds", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     rows = json.loads(done.stdout)
-    assert [row["transport"] for row in rows] == ["shm", "tcp"]
+    assert [row["transport"] for row in rows] == ["mem", "shm", "tcp"]
     assert all(row["gb_per_s"] > 0 and row["transfer_mib"] == 0.25 for row in rows)
 
 

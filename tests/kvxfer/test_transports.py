@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
+import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from kvxfer import (
     AccessDenied,
     KVDescriptor,
+    KVUsageError,
     MemTransport,
     NoTransport,
     PeerLost,
+    Region,
     ShmTransport,
     StaleEpoch,
     StaleGeneration,
@@ -23,8 +27,9 @@ from kvxfer import (
     TransferTimeout,
     Transport,
 )
-from kvxfer.testing import TransportSuite
-from kvxfer.testing.transports import LAYOUTS
+from kvxfer.testing import TransportSuite, peers
+from kvxfer.testing.checks import holdings, settles
+from kvxfer.testing.transports import LARGE, LAYOUTS, NUM_BLOCKS
 from kvxfer.transports import Fault
 
 
@@ -73,6 +78,52 @@ class TestShm(TransportSuite):
             with pytest.raises(NoTransport, match="shm"):
                 pair.consumer.pull(KVDescriptor.from_json(text), [0])
 
+    def test_a_reused_descriptor_number_is_another_region(self) -> None:
+        """A new region where the old one's file was, with equal shape, epoch and generations."""
+        with self.pair() as pair:
+            described = pair.offer([1])
+            number = described.endpoints["shm"]["fd"]
+            pair.source.close()
+            usurper = Region(NUM_BLOCKS, pair.layout.block_bytes, epoch=described.epoch)
+            if usurper.fd != number:
+                os.dup2(usurper.fd, number)
+            with pytest.raises(PeerLost, match="no longer the region"):
+                pair.consumer.pull(described, [0])
+            if usurper.fd != number:
+                os.close(number)
+            usurper.close()
+
+    def test_a_dead_peers_memory_goes_back_without_a_read(self) -> None:
+        with (
+            peers.producing(self.peer_code(), LARGE) as (process, found),
+            self.reader(LARGE) as reader,
+        ):
+            before = holdings()
+            reader.pull(found, [0, 1])
+            assert holdings().mappings == before.mappings + 1
+            peers.kill(process)
+            assert settles(lambda: holdings() <= before), (before, holdings())
+
+    def test_a_stopped_peer_is_read_all_the_same(self) -> None:
+        with (
+            peers.producing(self.peer_code(), LAYOUTS[0]) as (process, found),
+            self.reader() as reader,
+        ):
+            peers.stop(process)
+            reader.pull(found, [0, 1], timeout_s=0.5)
+            assert reader.region.block(1) == b"\x01" * LAYOUTS[0].block_bytes
+
+    def test_readers_cannot_write(self) -> None:
+        with self.pair() as pair:
+            pair.consumer.pull(pair.offer([1]), [0])
+            lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+            rights = [line.split()[1] for line in lines if "memfd:kvxfer" in line]
+            assert sorted(rights) == ["r--s", "rw-s", "rw-s"]
+
+    def test_a_private_region_is_refused(self) -> None:
+        with pytest.raises(KVUsageError, match="shared"):
+            ShmTransport("here").serve(Region(1, 8, shared=False))
+
     def test_a_reused_process_id_is_another_process(self) -> None:
         with self.pair() as pair:
             described = pair.offer([1])
@@ -115,14 +166,78 @@ class TestTcp(TransportSuite):
         with self.pair() as pair:
             assert pair.producer.endpoints["tcp"]["host"] == "127.0.0.1"
 
-    def test_a_stopped_peer_is_a_timeout_and_a_woken_one_serves_again(self) -> None:
-        with self.peer(self.peer_code(), LAYOUTS[0]) as (process, text), self.reader() as reader:
-            descriptor = KVDescriptor.from_json(text)
-            reader.pull(descriptor, [0, 1])
-            process.send_signal(signal.SIGSTOP)
-            start = time.monotonic()
-            with pytest.raises(TransferTimeout):
-                reader.pull(descriptor, [0, 1], timeout_s=0.5)
-            assert time.monotonic() - start < 2
-            process.send_signal(signal.SIGCONT)
-            reader.pull(descriptor, [0, 1], timeout_s=10)
+    def test_a_stopped_peer_is_a_timeout(self) -> None:
+        with (
+            peers.producing(self.peer_code(), LAYOUTS[0]) as (process, found),
+            self.reader() as fresh,
+            self.reader() as known,
+        ):
+            known.pull(found, [0, 1])
+            peers.stop(process)
+            for reader in (known, fresh):
+                start = time.monotonic()
+                with pytest.raises(TransferTimeout):
+                    reader.pull(found, [0, 1], timeout_s=0.5)
+                assert 0.4 < time.monotonic() - start < 2
+
+    def test_another_service_on_the_port_is_a_lost_peer(self) -> None:
+        with self.pair() as pair, socket.create_server(("127.0.0.1", 0)) as other:
+            found = pair.offer([1])
+            endpoints = {"tcp": {**found.endpoints["tcp"], "port": other.getsockname()[1]}}
+
+            def greet() -> None:
+                with other.accept()[0] as sock:
+                    sock.sendall(b"220 mail.example.org ESMTP ready when you are\r\n")
+                    with contextlib.suppress(ConnectionResetError):
+                        sock.recv(1)
+
+            thread = threading.Thread(target=greet)
+            thread.start()
+            with pytest.raises(PeerLost, match="something else"):
+                pair.consumer.pull(replace(found, endpoints=endpoints), [0])
+            thread.join()
+
+    def test_the_secret_is_neither_sent_nor_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(0)
+        with self.pair() as pair, socket.create_server(("127.0.0.1", 0)) as proxy:
+            found = pair.offer([1])
+            real = found.endpoints["tcp"]
+            seen = bytearray()
+
+            def carry(source: socket.socket, target: socket.socket) -> None:
+                while data := source.recv(65536):
+                    seen.extend(data)
+                    target.sendall(data)
+                target.shutdown(socket.SHUT_WR)
+
+            def between() -> None:
+                ours = socket.create_connection((real["host"], real["port"]))
+                theirs, _ = proxy.accept()
+                back = threading.Thread(target=carry, args=(ours, theirs))
+                back.start()
+                carry(theirs, ours)
+                back.join()
+                ours.close()
+                theirs.close()
+
+            thread = threading.Thread(target=between)
+            thread.start()
+            endpoints = {"tcp": {**real, "port": proxy.getsockname()[1]}}
+            pair.consumer.pull(replace(found, endpoints=endpoints), [0])
+            pair.assert_equal([1], [0])
+            pair.consumer.close()
+            thread.join(10)
+            assert len(seen) > pair.layout.block_bytes
+            assert b"sesame" not in seen and b"sesame" not in found.to_json()
+            assert "sesame" not in caplog.text
+
+    def test_a_way_that_fails_is_left_for_the_next_with_a_warning(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with self.pair() as pair:
+            found = pair.offer([1])
+            gone = {"pid": 2**22 + 1, "start": "1", "fd": 3, "region": "00"}
+            both = replace(found, endpoints={"shm": gone, **found.endpoints})
+            pair.consumer._transports.insert(0, ShmTransport("here"))
+            assert pair.consumer.pull(both, [0]).transport == "tcp"
+            assert "shm failed (PeerLost, errno" in caplog.text

@@ -1,0 +1,207 @@
+"""Peers' regions in our address space: mapped once, read only, let go when their process ends.
+
+A peer is known by process id and start time, and followed by a pidfd, which an id given to
+another process later does not confuse. One thread waits on the pidfds while there are mappings, so
+that the memory of a killed peer goes back without anybody asking for it. A mapping that a read
+still uses outlives its entry until that read is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import select
+import threading
+import weakref
+from functools import cache
+from typing import Any
+
+from kvxfer.errors import BadDescriptor, PeerLost
+from kvxfer.region import EPOCH, HEADER, MAGIC, OPEN, PAGE_BYTES, data_offset
+from kvxfer.transports.base import Address, number, text
+
+_POLL_MS = 1000  # where the kernel has no pidfd
+
+
+class Mappings:
+    """By region's id. Safe to share among threads."""
+
+    def __init__(self) -> None:
+        self._maps: dict[str, Mapped] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._wake_fd = -1
+
+    def get(self, address: Address) -> Mapped:
+        """Raises PeerLost where the process or its region is gone, BadDescriptor for nonsense."""
+        region = text(address, "region")
+        found = self._maps.get(region)
+        if found is not None:
+            return found
+        mapped = Mapped(address)
+        with self._lock:
+            found = self._maps.setdefault(region, mapped)
+            if found is mapped:
+                self._wake()
+        return found
+
+    def forget(self, mapped: Mapped) -> None:
+        """Nobody gets this one any more."""
+        with self._lock:
+            if self._maps.get(mapped.region) is mapped:
+                del self._maps[mapped.region]
+                self._wake()
+
+    def clear(self) -> None:
+        """Forget all; the thread has ended afterwards."""
+        with self._lock:
+            thread = self._thread
+            self._maps.clear()
+            if thread is not None:
+                self._wake()
+        if thread is not None:
+            thread.join()
+
+    def _wake(self) -> None:
+        """Have the thread look again, or start it. The lock is held."""
+        if self._thread is None:
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
+            self._thread = threading.Thread(target=self._watch, name="kvxfer-shm", daemon=True)
+            self._thread.start()
+        else:
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _watch(self) -> None:
+        while True:
+            with self._lock:
+                watched = list(self._maps.values())
+                if not watched:
+                    self._thread = None
+                    os.close(self._wake_fd)
+                    return
+            poll = select.poll()
+            poll.register(self._wake_fd, select.POLLIN)
+            for mapped in watched:
+                if mapped.pidfd >= 0:
+                    poll.register(mapped.pidfd, select.POLLIN)
+            blind = any(mapped.pidfd < 0 for mapped in watched)
+            ready = poll.poll(_POLL_MS if blind else None)
+            if any(fd == self._wake_fd for fd, _ in ready):
+                os.eventfd_read(self._wake_fd)
+            gone = [mapped for mapped in watched if mapped.is_gone()]
+            with self._lock:
+                for mapped in gone:
+                    if self._maps.get(mapped.region) is mapped:
+                        del self._maps[mapped.region]
+            del watched, gone, mapped, poll  # nothing is kept mapped while it waits
+
+
+class Mapped:
+    """One region of a peer. Unmapped when the last reference goes; views alone do not keep it."""
+
+    def __init__(self, address: Address) -> None:
+        self.region = text(address, "region")
+        self.pid, self.start = number(address, "pid"), text(address, "start")
+        fd_number = number(address, "fd")
+        self.pidfd = _open_pidfd(self.pid)
+        try:
+            if not self.start or start_time(self.pid) != self.start:
+                raise PeerLost(f"process {self.pid} is gone")
+            where, size = _map(f"/proc/{self.pid}/fd/{fd_number}")
+        except BaseException:
+            if self.pidfd >= 0:
+                os.close(self.pidfd)
+            raise
+        # Not at the interpreter's end: a thread may read then.
+        weakref.finalize(self, _release, where, size, self.pidfd).atexit = False
+        self._adopt(where, size, f"descriptor {fd_number} of process {self.pid}")
+
+    def _adopt(self, where: int, size: int, name: str) -> None:
+        if size < PAGE_BYTES:
+            raise PeerLost(f"{name} is no region")
+        view = memoryview((ctypes.c_char * size).from_address(where)).cast("B").toreadonly()
+        magic, _, self.num_blocks, self.block_bytes, _, id_ = HEADER.unpack_from(view)
+        if magic != MAGIC or f"{id_:016x}" != self.region:
+            raise PeerLost(f"{name} is no longer the region {self.region}")
+        if size < data_offset(self.num_blocks) + self.num_blocks * self.block_bytes:
+            raise BadDescriptor(f"{name} is too short for its blocks")
+        self._head = view[: HEADER.size].cast("Q")
+        self.generations = view[PAGE_BYTES : PAGE_BYTES + 8 * self.num_blocks].cast("Q")
+        self.address = where + data_offset(self.num_blocks)
+
+    @property
+    def epoch(self) -> int:
+        """The owner's life."""
+        return self._head[EPOCH]
+
+    @property
+    def open(self) -> bool:
+        """False once the owner revoked the region."""
+        return bool(self._head[OPEN])
+
+    def is_gone(self) -> bool:
+        """Whether its process has ended."""
+        if self.pidfd < 0:
+            return start_time(self.pid) != self.start
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+
+def start_time(pid: int) -> str:
+    """When the process began, in the kernel's ticks; "" if it is gone or a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - hot path
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def _open_pidfd(pid: int) -> int:
+    """-1 where the kernel or a sandbox has none."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError as error:
+        raise PeerLost(f"process {pid} is gone", errno=error.errno) from error
+    except (OSError, OverflowError):
+        return -1
+
+
+def _map(path: str) -> tuple[int, int]:
+    """(address, size) of a shared mapping that can only be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise PeerLost(f"the peer's region: {error}", errno=error.errno) from error
+    try:
+        size = os.fstat(fd).st_size
+        where = _libc().mmap(None, max(size, 1), mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    finally:
+        os.close(fd)
+    if where in (None, ctypes.c_void_p(-1).value):
+        errno = ctypes.get_errno()
+        raise PeerLost(f"the peer's region: {os.strerror(errno)}", errno=errno)
+    return where, size
+
+
+def _release(where: int, size: int, pidfd: int) -> None:
+    _libc().munmap(where, max(size, 1))
+    if pidfd >= 0:
+        with contextlib.suppress(OSError):
+            os.close(pidfd)
+
+
+@cache
+def _libc() -> Any:
+    """mmap by hand: the standard library's gives no address of memory that is read only."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
+        *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
+    ]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
