@@ -62,7 +62,12 @@ def postgresql(home: Path) -> Iterator[str]:
 def run(args: argparse.Namespace, home: Path, database_url: str) -> dict[str, object]:
     """One measurement."""
     settings = Settings(
-        home=home, database_url=database_url, engine="null", worker_threads=1, max_num_seqs=1024
+        home=home,
+        database_url=database_url,
+        shard_size=args.shard_size,
+        engine="null",
+        worker_threads=1,
+        max_num_seqs=1024,
     )
     lines = home / "prompts.jsonl"
     write_lines(lines, args.requests)
@@ -91,6 +96,7 @@ def run(args: argparse.Namespace, home: Path, database_url: str) -> dict[str, ob
     return {
         "database": args.database,
         "requests": args.requests,
+        "shard_size": args.shard_size,
         "rows": rows,
         "succeeded": view.counts.succeeded,
         "submit_lines_per_s": round(args.requests / submitted_s),
@@ -108,6 +114,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--shard-size", type=int, default=64, help="requests in one message")
     parser.add_argument("--timeout", type=float, default=1800.0)
     parser.add_argument("--home", type=Path)
     args = parser.parse_args()
