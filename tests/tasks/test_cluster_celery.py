@@ -201,23 +201,30 @@ def test_flower_sees_workers_and_shards(cluster: Cluster, settings: Settings) ->
             with urllib.request.urlopen(base + path, timeout=10) as answer:
                 text = answer.read().decode()
         except OSError:
-            return None
+            return {}
         return json.loads(text) if path.startswith("/api") else text
 
     cluster.wait("Flower", lambda: get("/"), 30)
     cluster.wait("the worker in Flower", lambda: get("/api/workers?refresh=1"), 30)
     job = cluster.submit(64)
     cluster.finish(job)
-    cluster.wait("four tasks in Flower", lambda: len(get("/api/tasks") or {}) >= 4, 30)
-    tasks = list(get("/api/tasks").values())
+    tasks: list[dict[str, Any]] = []
+
+    def ended() -> bool:
+        tasks[:] = get("/api/tasks").values()
+        return [task["state"] for task in tasks] == ["SUCCESS"] * 4
+
+    cluster.wait("four ended tasks in Flower", ended, 30)
     assert {task["name"] for task in tasks} == {PREFILL_TASK}
     assert sorted(task["args"] for task in tasks) == [
         f"{job} shard {n} attempt 1" for n in range(4)
     ]
-    cluster.wait(
-        "success", lambda: {t["state"] for t in get("/api/tasks").values()} == {"SUCCESS"}, 20
-    )
-    (worker,) = get("/api/workers").values()
-    assert worker["stats"]["pool"]["role"] == "mixed"
+    workers: list[dict[str, Any]] = []
+
+    def shown_by_role() -> bool:
+        workers[:] = get("/api/workers?refresh=1").values()
+        return [w.get("stats", {}).get("pool", {}).get("role") for w in workers] == ["mixed"]
+
+    cluster.wait("the worker's role in Flower", shown_by_role, 30)
     assert get("/api/jobs")["jobs"][0]["id"] == job
     assert job in get("/")
