@@ -114,10 +114,13 @@ class KVConsumer:
                     transport.name,
                     type(error).__name__,
                     error.errno,
-                    error,
+                    str(error),
                 )
         if failed is not None:
-            raise failed
+            try:
+                raise failed
+            finally:
+                del failed  # else this frame and the error keep each other, and a peer's mapping
         ours = [transport.name for transport in self._transports]
         raise NoTransport(f"the producer offers {list(descriptor.endpoints)}, we have {ours}")
 
