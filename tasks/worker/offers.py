@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from pdbatch.engine.handoff import Publication, Registry, RegistryUnavailable
-
 from pdbatch.engine.messages import Handoff
 from pdbatch.ids import WorkerId, split_key
 from pdbatch.store import Store
