@@ -245,6 +245,19 @@ class RegistrySuite:
         (again,) = registry.claim("c", "a", 9, 10**9, LONG_S)
         assert registry.release([_of(again)]) == []
 
+    def test_fences_never_come_again(self) -> None:
+        """After it was emptied too: an old owner must not end the new owner's claim."""
+        registry = self.make()
+        registry.publish([_item(0)], LONG_S)
+        (old,) = registry.claim("c", "a", 1, 10**9, LONG_S)
+        self.empty(registry)
+        registry.publish([_item(0)], LONG_S)
+        (new,) = registry.claim("d", "a", 1, 10**9, LONG_S)
+        assert new.fence > old.fence
+        assert registry.renew([_of(old)], LONG_S) == ["i0"]
+        assert registry.release([_of(old)]) == ["i0"]
+        assert registry.release([_of(new)]) == []
+
     def test_collect_wakes_at_once(self) -> None:
         """A producer waits without asking again and again; another's news do not wake it."""
         registry = self.make()

@@ -3,61 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import signal
-import subprocess
-import tempfile
+import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from kvxfer import MemoryRegistry, Publication, RedisRegistry, Registry, RegistryUnavailable
+from kvxfer import Claim, MemoryRegistry, Publication, RedisRegistry, Registry, RegistryUnavailable
 from kvxfer.testing import RegistrySuite
-from pdbatch.local.redis import server_argv
+
+if TYPE_CHECKING:
+    from tests.kvxfer.conftest import Server
 
 _numbers = itertools.count()
 
 
-class Server:
-    """A Valkey on a socket of its own, that can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.socket = folder / "redis.sock"
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(server_argv(self.socket), stdout=subprocess.DEVNULL)
-        client = self.client()
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                client.ping()
-                return
-            except redis.RedisError:
-                assert time.monotonic() < deadline, "the server does not start"
-                time.sleep(0.02)
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def client(self) -> redis.Redis:
-        return redis.Redis(
-            unix_socket_path=str(self.socket), socket_timeout=2, retry=Retry(NoBackoff(), 0)
-        )
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with tempfile.TemporaryDirectory() as folder:
-        found = Server(Path(folder))
-        yield found
-        found.stop()
+ITEM = Publication("x", "p", "h", 1, b"d")
 
 
 class TestMemory(RegistrySuite):
@@ -81,14 +46,71 @@ class TestRedis(RegistrySuite):
         self.server.client().flushall()
         self.server.client().script_flush()
 
-    def test_every_key_has_one_hash_tag(self) -> None:
-        self.server.client().flushall()
-        registry = RedisRegistry(self.server.client(), "cluster")
-        registry.publish([Publication("x", "p", "h", 1, b"d")], 60.0)
-        (claim,) = registry.claim("c", "h", 1, 10, 60.0)
-        registry.release([(claim.id, claim.fence)])
-        keys = self.server.client().keys("*")
-        assert keys and all(key.startswith(b"{cluster}:") for key in keys)
+    def test_every_key_is_passed_in_and_has_one_hash_tag(self) -> None:
+        """As the server sees it: each script's commands touch its own keys alone."""
+        client = self.server.client()
+        client.flushall()
+        passed: set[str] = set()
+        touched = 0
+        with client.monitor() as monitor:
+            walk(RedisRegistry(self.server.client(), "cluster"))
+            self.server.client().echo("the end")
+            for seen in monitor.listen():
+                words = shlex.split(seen["command"])
+                name = words[0].upper()
+                if name == "ECHO":
+                    break
+                if name in ("EVALSHA", "EVAL"):
+                    passed = set(words[3 : 3 + int(words[2])])
+                    assert all(key.startswith("{cluster}:") for key in passed)
+                elif seen["client_type"] == "lua" and name != "TIME":
+                    touched += 1
+                    assert words[1] in passed, words
+        assert touched > 100
+
+    def test_a_cluster_runs_it(self, cluster_node: Server) -> None:
+        walk(RedisRegistry(cluster_node.client(), "cluster"))
+
+    def test_another_object_may_release(self) -> None:
+        """Then the producer's list is not known there; the producer hears of it all the same."""
+        ours, other = (RedisRegistry(self.server.client(), "shared") for _ in range(2))
+        ours.publish([ITEM], 60.0)
+        (claim,) = ours.claim("c", "h", 1, 10, 60.0)
+        assert other.fail([(claim.id, claim.fence)], "a\treason") == []
+        assert ours.missing("p", ["x"]) == []
+        (ended,) = ours.collect("p", 5.0)
+        assert ended == ("x", "failed", "a\treason")
+        assert ours.missing("p", ["x"]) == ["x"]
+
+    def test_flushed_all_the_time(self) -> None:
+        """Whatever the moment: no error but refusals, and no claim is held twice."""
+        registry = RedisRegistry(self.server.client(), "flushed")
+        client = self.server.client()
+        stop = threading.Event()
+
+        def flush() -> None:
+            while not stop.is_set():
+                client.flushall()
+                client.script_flush()
+
+        thread = threading.Thread(target=flush)
+        thread.start()
+        fences: set[int] = set()
+        try:
+            for turn in range(150):
+                items = [ITEM._replace(id=f"{turn % 5}-{i}") for i in range(4)]
+                registry.publish(items, 60.0)
+                claims = registry.claim("c", "h", 4, 10, 60.0)
+                assert not fences & {claim.fence for claim in claims}
+                fences |= {claim.fence for claim in claims}
+                registry.renew(map(_of, claims), 60.0)
+                registry.release(map(_of, claims))
+                registry.renew_published("p", ["0-0"], 60.0)
+                registry.missing("p", ["0-0"])
+                registry.collect("p", 0.0)
+        finally:
+            stop.set()
+            thread.join()
 
     def test_nothing_is_left_behind_when_all_has_ended(self) -> None:
         self.server.client().flushall()
@@ -173,3 +195,31 @@ class TestRedis(RegistrySuite):
         self.server.start()
         registry.publish([Publication("x", "p", "h", 1, b"d")], 60.0)
         assert [claim.id for claim in registry.claim("c", "h", 1, 10, 60.0)] == ["x"]
+
+
+def walk(registry: Registry) -> None:
+    """Every operation once, the unusual turns too."""
+    items = [ITEM._replace(id=f"i{i}", host="ab"[i % 2], producer="pq"[i % 2]) for i in range(8)]
+    registry.publish(items, 60.0)
+    claims = registry.claim("c", "a", 5, 1000, 60.0)
+    assert [claim.id for claim in claims] == ["i0", "i2", "i4", "i6", "i1"]
+    assert registry.renew(map(_of, claims), 60.0) == []
+    assert registry.release(map(_of, claims[:2])) == []
+    assert registry.fail(map(_of, claims[3:]), "why") == []
+    assert [end.id for end in registry.collect("p", 5.0)] == ["i0", "i2", "i6"]
+    assert [end.id for end in registry.collect("q", 5.0)] == ["i1"]
+    assert registry.renew_published("p", ["i4", "i6"], 60.0) == ["i6"]
+    assert registry.missing("q", ["i3", "i1"]) == ["i1"]
+    registry.withdraw("q", ["i3"])
+    registry.publish([ITEM._replace(id="short")], 0.01)
+    assert [end.kind for end in registry.collect("p", 5.0)] == ["expired"]
+    (short,) = registry.claim("c", "b", 1, 1000, 0.01)
+    again: list[Claim] = []
+    while not again:
+        again = [c for c in registry.claim("c", "b", 9, 1000, 60.0) if c.id == short.id]
+    assert again[0].fence > short.fence
+    registry.sweep()
+
+
+def _of(claim: Claim) -> tuple[str, int]:
+    return claim.id, claim.fence
