@@ -131,10 +131,10 @@ class RedisRegistry:
         known = (self._producers.get(id_) for id_, _ in wanted)
         producers = dict.fromkeys(name for name in known if name is not None)
         flat = chain.from_iterable(wanted)
-        refused = self._run("END", producers, kind, reason, *flat)
-        for id_, _ in wanted:
-            self._producers.pop(id_, None)
-        return [_text(i) for i in refused]
+        refused = [_text(i) for i in self._run("END", producers, kind, reason, *flat)]
+        for id_ in {id_ for id_, _ in wanted}.difference(refused):
+            self._producers.pop(id_, None)  # not of the refused: a later claim of ours may be good
+        return refused
 
     def _run(self, name: str, producers: Iterable[str], *args: Any) -> Any:
         """`producers`: those whose lists the script may touch."""

@@ -2,13 +2,12 @@
 
 A peer is known by process id and start time, and followed by a pidfd, which an id given to
 another process later does not confuse. One thread waits on the pidfds while there are mappings, so
-that the memory of a killed peer goes back without anybody asking for it. A mapping that a read
-still uses outlives its entry until that read is done.
+that the memory of a killed peer goes back without anybody asking for it. It knows the processes
+alone: a mapping goes at once when it is forgotten and the reads that use it are done.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
@@ -76,26 +75,27 @@ class Mappings:
     def _watch(self) -> None:
         while True:
             with self._lock:
-                watched = list(self._maps.values())
+                watched = {mapped.process for mapped in self._maps.values()}
                 if not watched:
                     self._thread = None
                     os.close(self._wake_fd)
                     return
-            poll = select.poll()
-            poll.register(self._wake_fd, select.POLLIN)
-            for mapped in watched:
-                if mapped.pidfd >= 0:
-                    poll.register(mapped.pidfd, select.POLLIN)
-            blind = any(mapped.pidfd < 0 for mapped in watched)
-            ready = poll.poll(_POLL_MS if blind else None)
-            if any(fd == self._wake_fd for fd, _ in ready):
+            if self._wait(watched):
                 os.eventfd_read(self._wake_fd)
-            gone = [mapped for mapped in watched if mapped.is_gone()]
+            gone = {process for process in watched if process.is_gone()}
             with self._lock:
-                for mapped in gone:
-                    if self._maps.get(mapped.region) is mapped:
-                        del self._maps[mapped.region]
-            del watched, gone, mapped, poll  # nothing is kept mapped while it waits
+                dead = [name for name, mapped in self._maps.items() if mapped.process in gone]
+                self._maps = {n: mapped for n, mapped in self._maps.items() if n not in dead}
+
+    def _wait(self, watched: set[_Process]) -> bool:
+        """Until one of them ends, or `_wake`: then true."""
+        poll = select.poll()
+        poll.register(self._wake_fd, select.POLLIN)
+        for process in watched:
+            if process.pidfd >= 0:
+                poll.register(process.pidfd, select.POLLIN)
+        blind = any(process.pidfd < 0 for process in watched)
+        return any(fd == self._wake_fd for fd, _ in poll.poll(_POLL_MS if blind else None))
 
 
 class Mapped:
@@ -103,20 +103,12 @@ class Mapped:
 
     def __init__(self, address: Address) -> None:
         self.region = text(address, "region")
-        self.pid, self.start = number(address, "pid"), text(address, "start")
-        fd_number = number(address, "fd")
-        self.pidfd = _open_pidfd(self.pid)
-        try:
-            if not self.start or start_time(self.pid) != self.start:
-                raise PeerLost(f"process {self.pid} is gone")
-            where, size = _map(f"/proc/{self.pid}/fd/{fd_number}")
-        except BaseException:
-            if self.pidfd >= 0:
-                os.close(self.pidfd)
-            raise
+        pid, fd_number = number(address, "pid"), number(address, "fd")
+        self.process = _Process(pid, text(address, "start"))
+        where, size = _map(f"/proc/{pid}/fd/{fd_number}")
         # Not at the interpreter's end: a thread may read then.
-        weakref.finalize(self, _release, where, size, self.pidfd).atexit = False
-        self._adopt(where, size, f"descriptor {fd_number} of process {self.pid}")
+        weakref.finalize(self, _libc().munmap, where, max(size, 1)).atexit = False
+        self._adopt(where, size, f"descriptor {fd_number} of process {pid}")
 
     def _adopt(self, where: int, size: int, name: str) -> None:
         if size < PAGE_BYTES:
@@ -141,11 +133,23 @@ class Mapped:
         """False once the owner revoked the region."""
         return bool(self._head[OPEN])
 
+
+class _Process:
+    """A peer, told from others that get its id later. Raises PeerLost."""
+
+    def __init__(self, pid: int, start: str) -> None:
+        self.pid, self._start = pid, start
+        self.pidfd = _open_pidfd(pid)
+        if self.pidfd >= 0:
+            weakref.finalize(self, os.close, self.pidfd).atexit = False
+        if not start or start_time(pid) != start:
+            raise PeerLost(f"process {pid} is gone")
+
     def is_gone(self) -> bool:
-        """Whether its process has ended."""
+        """Whether it has ended."""
         if self.pidfd < 0:
-            return start_time(self.pid) != self.start
-        poll = select.poll()
+            return start_time(self.pid) != self._start
+        poll = select.poll()  # one for each call: threads cannot share one
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(0))
 
@@ -185,13 +189,6 @@ def _map(path: str) -> tuple[int, int]:
         errno = ctypes.get_errno()
         raise PeerLost(f"the peer's region: {os.strerror(errno)}", errno=errno)
     return where, size
-
-
-def _release(where: int, size: int, pidfd: int) -> None:
-    _libc().munmap(where, max(size, 1))
-    if pidfd >= 0:
-        with contextlib.suppress(OSError):
-            os.close(pidfd)
 
 
 @cache

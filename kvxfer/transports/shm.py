@@ -70,6 +70,6 @@ class ShmTransport:
         if not mapped.open:
             self._maps.forget(mapped)
             raise Revoked("the region was revoked")
-        if mapped.is_gone():
+        if mapped.process.is_gone():
             self._maps.forget(mapped)
-            raise PeerLost(f"process {mapped.pid} is gone")
+            raise PeerLost(f"process {mapped.process.pid} is gone")
