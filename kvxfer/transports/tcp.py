@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from kvxfer.errors import BadDescriptor, PeerLost, Revoked, TransferTimeout
+from kvxfer.errors import BadDescriptor, KVUsageError, PeerLost, Revoked, TransferTimeout
 from kvxfer.region import Region, runs
 from kvxfer.transports import wire
 from kvxfer.transports.base import Address, Stamp, number, text
@@ -39,12 +39,25 @@ _NEVER_BLOCKS_BYTES = 16384  # an idle connection takes so much at once
 
 
 class TcpTransport:
-    """See the module. Listens on `listen_host` once it serves; the loopback unless told."""
+    """See the module. Listens on `listen_host` once it serves; the loopback unless told.
+
+    `patience_s`: how long a reader that stalls in the middle of a read may hold its connection and
+    the thread that serves it. Raises KVUsageError unless it is above 0.
+    """
 
     name = "tcp"
 
-    def __init__(self, secret: str, *, listen_host: str = "127.0.0.1", port: int = 0) -> None:
-        self._secret = secret.encode()
+    def __init__(
+        self,
+        secret: str,
+        *,
+        listen_host: str = "127.0.0.1",
+        port: int = 0,
+        patience_s: float = 60.0,
+    ) -> None:
+        if patience_s <= 0:
+            raise KVUsageError(f"a patience of {patience_s} s")
+        self._secret, self._patience_s = secret.encode(), patience_s
         self._listen = (listen_host, port)
         self._server: TcpServer | None = None
         self._idle: defaultdict[tuple[str, int], list[socket.socket]] = defaultdict(list)
@@ -55,7 +68,7 @@ class TcpTransport:
         """See `Transport`. Raises OSError where it cannot listen."""
         with self._lock:
             if self._server is None:
-                self._server = TcpServer(self._listen, self._secret)
+                self._server = TcpServer(self._listen, self._secret, self._patience_s)
             self._server.add(region)
             host, port = self._server.address
         host = socket.gethostname() if host in ("0.0.0.0", "::") else host

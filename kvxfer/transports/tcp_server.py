@@ -26,15 +26,18 @@ NO_EPOCH = 2**64 - 1
 """In an epoch's place: revoked while it was read."""
 _MOST_RUNS = 1 << 20
 _HANDSHAKE_S = 10.0
-_PATIENCE_S = 60.0
 _MOST_AT_ONCE = 16384
 
 
 class TcpServer:
-    """Serves regions to readers that know the secret, from construction until `close`."""
+    """Serves regions to readers that know the secret, from construction until `close`.
 
-    def __init__(self, listen: tuple[str, int], secret: bytes) -> None:
-        self._secret = secret
+    A reader that neither takes a byte nor completes what it began to say within `patience_s` loses
+    its connection; one that asks for nothing keeps it.
+    """
+
+    def __init__(self, listen: tuple[str, int], secret: bytes, patience_s: float) -> None:
+        self._secret, self._patience_s = secret, patience_s
         self._regions: dict[str, Region] = {}
         self._peers: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -79,13 +82,14 @@ class TcpServer:
 
     def _serve(self, sock: socket.socket) -> None:
         """One reader, until it leaves. One that misbehaves loses its connection, nothing else."""
+        handshake_s = min(_HANDSHAKE_S, self._patience_s)
         try:
             wire.prepare(sock)
-            if not wire.admit(sock, self._secret, time.monotonic() + _HANDSHAKE_S):
+            if not wire.admit(sock, self._secret, time.monotonic() + handshake_s):
                 return
-            wire.limit(sock, socket.SO_SNDTIMEO, _PATIENCE_S)
+            wire.limit(sock, socket.SO_SNDTIMEO, self._patience_s)
             wire.limit(sock, socket.SO_RCVTIMEO, 0)
-            while self._answer(sock, *_request(sock)):
+            while self._answer(sock, *_request(sock, self._patience_s)):
                 pass
         except (OSError, TransportError, ValueError):
             pass
@@ -112,12 +116,12 @@ class TcpServer:
         return True
 
 
-def _request(sock: socket.socket) -> tuple[bytes, list[tuple[int, int]]]:
+def _request(sock: socket.socket, patience_s: float) -> tuple[bytes, list[tuple[int, int]]]:
     """The next one: region's id and runs. Waits without end for its first byte alone."""
     head = sock.recv(_MOST_AT_ONCE)
     if not head:
         raise PeerLost("the reader left")
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience_s
     if len(head) < REQUEST.size:
         head += _more(sock, REQUEST.size - len(head), deadline)
     region_id, num_runs = REQUEST.unpack_from(head)

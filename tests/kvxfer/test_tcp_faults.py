@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +27,8 @@ from kvxfer import (
     TransportError,
 )
 from kvxfer.testing.proxy import NetFault, Proxy
+from kvxfer.transports import wire
+from kvxfer.transports.tcp_server import REQUEST, RUN
 
 SECRET = "open sesame"
 BLOCKS = [3, 1, 6, 7]
@@ -47,13 +50,14 @@ def layout_of(head_dim: int) -> KVLayout:
 class Ends:
     """A producer, a consumer, and the proxy that lies between them."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, patience_s: float) -> None:
         layout = layout_of(head_dim)
         self.source, self.mine = (Region(8, layout.block_bytes) for _ in range(2))
         for block in range(8):
             self.source.block(block)[:] = bytes([block + 1]) * layout.block_bytes
+        way = TcpTransport(SECRET, patience_s=patience_s)
         self.producer = KVProducer(
-            self.source, [TcpTransport(SECRET)], layout=layout, producer="p#1", host="h", epoch=1
+            self.source, [way], layout=layout, producer="p#1", host="h", epoch=1
         )
         self.consumer = KVConsumer(self.mine, [TcpTransport(SECRET)], layout=layout)
         self.direct = self.producer.pin("x", BLOCKS, range(4))
@@ -72,8 +76,8 @@ class Ends:
 
 
 @contextmanager
-def ends(head_dim: int = 4096) -> Iterator[Ends]:
-    found = Ends(head_dim)
+def ends(head_dim: int = 4096, patience_s: float = 60.0) -> Iterator[Ends]:
+    found = Ends(head_dim, patience_s)
     with found.proxy:
         yield found
     found.consumer.close()
@@ -170,6 +174,33 @@ def test_a_stopped_reader_costs_other_readers_nothing() -> None:
             reader.communicate()
         both.consumer.close()
         wait_for(lambda: num_peers() == 0)
+
+
+@pytest.mark.parametrize("says", ["nothing", "half a handshake", "half a request", "no recv"])
+def test_readers_that_stall_lose_their_connection_after_the_patience(says: str) -> None:
+    with ends(head_dim=4 << 20, patience_s=0.3) as both:
+        address = both.direct.endpoints["tcp"]
+        with socket.create_connection((address["host"], address["port"])) as sock:
+            wait_for(lambda: num_peers() == 1)
+            if says == "half a handshake":
+                sock.sendall(b"x")
+            elif says != "nothing":
+                wire.introduce(sock, SECRET.encode(), time.monotonic() + 10)
+                head = REQUEST.pack(both.source.id.encode(), 1) + RUN.pack(0, 8)
+                sock.sendall(head[:-1] if says == "half a request" else head)
+            both.pull()
+            both.consumer.close()
+            wait_for(lambda: num_peers() == 0)
+
+
+def test_a_reader_that_only_waits_keeps_its_connection() -> None:
+    with ends(patience_s=0.1) as both:
+        both.pull()
+        (peer,) = (t for t in threading.enumerate() if t.name == "kvxfer-tcp-peer")
+        peer.join(0.5)
+        assert peer.is_alive()
+        both.pull()
+        assert peer.is_alive() and num_peers() == 1
 
 
 _READER = """
