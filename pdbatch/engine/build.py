@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,17 @@ from pdbatch.engine.handoff import KVLayout, KVTransfers, Region
 from pdbatch.engine.kvcache import KVShape, PagedKVCache
 from pdbatch.engine.loader import LoadedModel
 from pdbatch.engine.messages import EngineInfo
+from pdbatch.engine.ports import Transfers
 from pdbatch.engine.sampler import Sampler
+from pdbatch.engine.staging import StagedTransfers, staging_blocks
 from pdbatch.engine.stepper import ModelSide
 from pdbatch.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _CPU_CACHE_BYTES = 1 << 30
+_LEFT_FREE = 0.05
+"""Share of a GPU that stays free beside what other processes took, for a step's own needs."""
 _MOST_SEQS = {"cuda": 256, "cpu": 64}
 _MOST_BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
 
@@ -35,30 +39,31 @@ def build_engine(
     *,
     ways: Sequence[Any] | None = None,
     keep_prompts: bool = False,
+    staged: bool | None = None,
 ) -> Engine:
     """Load (unless `loaded`), size, wire up and warm up.
 
     `ways` replaces the configured transports of the hand-off; `keep_prompts` puts prompt token ids
-    into results. Raises ModelError, ConfigError.
+    into results; `staged` forces the hand-off's way through a staging area (None: where the pool
+    is not host memory). Raises ModelError, ConfigError.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if loaded is None:
         loaded = loader.load(config.model, config.home, config.device, config.dtype)
     kind = loaded.device.type
-    if config.role != "mixed" and kind != "cpu":
-        raise ConfigError(
-            f"role {config.role} cannot hand over KV from {loaded.device} yet",
-            remedy="use --role mixed on a GPU, or --device cpu",
-        )
     max_num_seqs = config.max_num_seqs or _MOST_SEQS.get(kind, 64)
     max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
     shape = runner.kv_shape(loaded, config.block_size)
     useful = 2 * max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = config.num_blocks or min(_num_blocks(config, loaded, shape), useful)
     layout = kv_layout(loaded, shape)
-    cache, transfers, region = _memory(config, loaded, shape, num_blocks, layout, ways)
-    pool = BlockPool(num_blocks, region.bump if region is not None else None)
+    if staged is None:
+        staged = kind != "cpu"
+    cache, transfers, on_take = _memory(
+        config, loaded, shape, num_blocks, max_model_len, ways=ways, staged=staged
+    )
+    pool = BlockPool(num_blocks, on_take)
     blocks = BlockManager(
         pool,
         config.block_size,
@@ -110,17 +115,30 @@ def _memory(
     loaded: LoadedModel,
     shape: KVShape,
     num_blocks: int,
-    layout: KVLayout,
+    max_model_len: int,
+    *,
     ways: Sequence[Any] | None,
-) -> tuple[PagedKVCache, KVTransfers | None, Region | None]:
-    """The cache; where KV is handed over it lies in a region that peers can read."""
+    staged: bool,
+) -> tuple[PagedKVCache, Transfers | None, Callable[[Sequence[int]], None] | None]:
+    """The cache, its hand-off, and who hears of blocks that get other content.
+
+    Where KV is handed over, the cache lies in a region that peers can read, or (`staged`) is
+    copied to and from one.
+    """
     if config.role == "mixed":
         return PagedKVCache(shape, num_blocks, loaded.device), None, None
-    region = Region(
-        num_blocks, layout.block_bytes, epoch=config.epoch, shared=config.role == "prefill"
-    )
+    layout, count = kv_layout(loaded, shape), num_blocks
+    if staged:
+        count = staging_blocks(config, num_blocks, shape.block_bytes, max_model_len)
+    shared = config.role == "prefill"
+    region = Region(count, layout.block_bytes, epoch=config.epoch, shared=shared)
+    transfers = KVTransfers(region, layout, config, ways=ways)
+    if staged:
+        logger.info("KV is handed over through %d staging blocks", count)
+        cache = PagedKVCache(shape, num_blocks, loaded.device)
+        return cache, StagedTransfers(transfers, region, cache), None
     cache = PagedKVCache(shape, num_blocks, loaded.device, region.buffer)
-    return cache, KVTransfers(region, layout, config, ways=ways), region
+    return cache, transfers, region.bump
 
 
 def _num_blocks(config: EngineConfig, loaded: LoadedModel, shape: KVShape) -> int:
@@ -128,7 +146,8 @@ def _num_blocks(config: EngineConfig, loaded: LoadedModel, shape: KVShape) -> in
     size = config.kv_cache_bytes
     if size is None and loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(loaded.device)
-        size = int(free - total * (1 - config.gpu_memory_utilization))
+        own = total * config.gpu_memory_utilization - torch.cuda.memory_reserved(loaded.device)
+        size = int(min(own, free - total * _LEFT_FREE))
     elif size is None:
         size = _CPU_CACHE_BYTES
     count = size // shape.block_bytes

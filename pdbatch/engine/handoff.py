@@ -50,6 +50,7 @@ from kvxfer import (
     Transport,
     token_hash,
 )
+from kvxfer.region import runs
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.messages import Adoption, Handoff
 from pdbatch.engine.payload import HandoffPayload, decode_payload, encode_payload, unpack_tokens
@@ -68,6 +69,7 @@ __all__ = [
     "RegistryUnavailable",
     "open_registry",
     "prompt_hash",
+    "runs",
     "transports",
 ]
 
@@ -201,6 +203,10 @@ class KVTransfers:
         return self._wake_fd
 
     # --- both
+
+    def has_room(self, num_blocks: int) -> bool:
+        """Always: the blocks themselves are read and written."""
+        return True
 
     def reset(self, epoch: int) -> None:
         """Go on under a new epoch; what was offered is void, what peers read now fails."""
