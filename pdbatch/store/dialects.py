@@ -133,7 +133,7 @@ class Postgres:
         # A plan that is kept from when the tables were small reads them whole when they are not.
         url = self._url
         if "options" not in url.query:
-            url = url.update_query_dict({"options": "-c plan_cache_mode=force_custom_plan"})
+            url = url.update_query_dict({"options": _POSTGRES_OPTIONS})
         return create_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=20)
 
     def now(self, conn: Connection) -> float:
@@ -181,8 +181,16 @@ def _copy(conn: Connection, into: str, types: list[str], rows: Sequence[Sequence
             copy.write_row(row)
 
 
+_FROZEN_S = 5
+"""A process that is stopped amid a transaction (SIGSTOP, a frozen machine) loses its locks after
+this, so that others can declare it dead and go on; when it wakes the transaction runs again."""
+_POSTGRES_OPTIONS = (
+    "-c plan_cache_mode=force_custom_plan"
+    f" -c idle_in_transaction_session_timeout={_FROZEN_S * 1000}"
+)
 _TRANSIENT_STATES = frozenset(
     {
+        "25P03",  # idle_in_transaction_session_timeout
         "40001",  # serialization_failure
         "40P01",  # deadlock_detected
         "55P03",  # lock_not_available

@@ -121,6 +121,7 @@ def test_a_worker_that_never_comes_back_is_replaced_by_another(cluster: Cluster)
 
 
 @pytest.mark.parametrize("victim", ["prefill-1", "decode-1"])
+@both
 def test_a_worker_stopped_for_longer_than_its_time_to_live(cluster: Cluster, victim: str) -> None:
     cluster.start("reconciler", "prefill-1", "decode-1")
     job = cluster.submit(4000)
