@@ -29,13 +29,18 @@ def test_two_peers_that_send_at_once_do_not_block_each_other(ends) -> None:
     """The engine is one thread: while it waits to send, it takes in what the main sends."""
     main, engine = ends
     big = ["x" * 1000] * 3000
-    sender = threading.Thread(target=lambda: main.send(Abort(keys=big)))
-    sender.start()
-    engine.send(Drained(dropped=big))  # returns although the main reads nothing yet
+    received = []
+
+    def talk() -> None:
+        main.send(Abort(keys=big))
+        received.append(main.receive(timeout_s=20))
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    engine.send(Drained(dropped=big))  # both send three megabytes; neither reads before
     assert engine.receive(timeout_s=20) == Abort(keys=big)
-    sender.join(timeout=20)
-    assert not sender.is_alive()
-    assert main.receive(timeout_s=20) == Drained(dropped=big)
+    talker.join(timeout=20)
+    assert received == [Drained(dropped=big)]
 
 
 def test_messages_before_the_end_are_delivered_then_the_end_raises(ends) -> None:
