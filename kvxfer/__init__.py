@@ -31,7 +31,7 @@ from kvxfer.layout import KVLayout
 from kvxfer.memory_registry import MemoryRegistry
 from kvxfer.producer import KVProducer
 from kvxfer.redis_registry import RedisRegistry
-from kvxfer.region import Region
+from kvxfer.region import Region, runs
 from kvxfer.registry import Claim, Ended, Publication, Registry
 from kvxfer.transports import MemTransport, ShmTransport, TcpTransport
 from kvxfer.transports.base import Stamp, Transport
@@ -71,5 +71,6 @@ __all__ = [
     "TransferTimeout",
     "Transport",
     "TransportError",
+    "runs",
     "token_hash",
 ]
