@@ -72,5 +72,6 @@ __all__ = [
     "Transport",
     "TransportError",
     "runs",
+    "runs",
     "token_hash",
 ]
