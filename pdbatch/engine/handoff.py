@@ -50,7 +50,6 @@ from kvxfer import (
     Transport,
     token_hash,
 )
-from kvxfer.region import runs
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.messages import Adoption, Handoff
 from pdbatch.engine.payload import HandoffPayload, decode_payload, encode_payload, unpack_tokens
