@@ -72,6 +72,5 @@ __all__ = [
     "Transport",
     "TransportError",
     "runs",
-    "runs",
     "token_hash",
 ]
