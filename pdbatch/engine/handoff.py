@@ -48,6 +48,7 @@ from kvxfer import (
     ShmTransport,
     TcpTransport,
     Transport,
+    runs,
     token_hash,
 )
 from pdbatch.engine.config import EngineConfig
