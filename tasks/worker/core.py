@@ -310,6 +310,7 @@ class WorkerCore:
         watchdog.daemon = True
         watchdog.start()
         try:
+            self.life.halt()
             self.writer.flush(3.0)
             for shard in self.shards.clear():
                 self.store.shards.give_back(

@@ -63,6 +63,10 @@ class Life:
         self._loop.stop()
         self._store.workers.retire(self.id)
 
+    def halt(self) -> None:
+        """No further sign of life, and no new life; what is under way is not waited for."""
+        self._loop.stop(timeout_s=0.0)
+
     def beat_now(self) -> None:
         """A sign of life with fresh figures, soon."""
         self._loop.wake()

@@ -200,7 +200,12 @@ def test_a_walk_of_disturbances(
     job = cluster.submit(6000)
     for _ in range(8):
         reached = min(6000, cluster.done(job) + 300)
-        cluster.wait("progress", lambda reached=reached: cluster.done(job) >= reached)
+
+        def progressed(reached: int = reached) -> bool:
+            cluster.restart_ended()
+            return cluster.done(job) >= reached
+
+        cluster.wait("progress", progressed)
         kind, victim = rng.choice(["kill", "engine", "stop", "empty", "redis"]), rng.choice(workers)
         print(kind, victim)
         if kind == "empty":
