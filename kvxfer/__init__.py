@@ -29,9 +29,10 @@ from kvxfer.errors import (
 )
 from kvxfer.layout import KVLayout
 from kvxfer.memory_registry import MemoryRegistry
+from kvxfer.plan import Move, ReadPlan, Span, whole_blocks
 from kvxfer.producer import KVProducer
 from kvxfer.redis_registry import RedisRegistry
-from kvxfer.region import Region, runs
+from kvxfer.region import DeviceRegion, Region, runs
 from kvxfer.registry import Claim, Ended, Publication, Registry
 from kvxfer.transports import MemTransport, ShmTransport, TcpTransport
 from kvxfer.transports.base import Stamp, Transport
@@ -41,6 +42,7 @@ __all__ = [
     "BadDescriptor",
     "ChecksumMismatch",
     "Claim",
+    "DeviceRegion",
     "Ended",
     "KVConsumer",
     "KVDescriptor",
@@ -51,18 +53,21 @@ __all__ = [
     "LayoutMismatch",
     "MemTransport",
     "MemoryRegistry",
+    "Move",
     "NoTransport",
     "PeerLost",
     "PoolExhausted",
     "ProofFailed",
     "Publication",
     "PullStats",
+    "ReadPlan",
     "RedisRegistry",
     "Region",
     "Registry",
     "RegistryUnavailable",
     "Revoked",
     "ShmTransport",
+    "Span",
     "StaleEpoch",
     "StaleGeneration",
     "Stamp",
@@ -73,4 +78,5 @@ __all__ = [
     "TransportError",
     "runs",
     "token_hash",
+    "whole_blocks",
 ]

@@ -19,6 +19,7 @@ from kvxfer.errors import (
     TransportError,
 )
 from kvxfer.layout import KVLayout
+from kvxfer.plan import ReadPlan, whole_blocks
 from kvxfer.region import Region
 from kvxfer.transports.base import Stamp, Transport
 
@@ -77,7 +78,8 @@ class KVConsumer:
         start = time.perf_counter()
         if not source:
             return PullStats(0, 0.0, "none")
-        stamp, name = self._read(descriptor, source, dst_block_ids, start + timeout_s)
+        plan = whole_blocks(source, dst_block_ids, self.layout.block_bytes)
+        stamp, name = self._read(descriptor, plan, start + timeout_s)
         prove(descriptor, stamp, skip_blocks)
         num_bytes = len(source) * self.layout.block_bytes
         return PullStats(num_bytes, time.perf_counter() - start, name)
@@ -87,13 +89,7 @@ class KVConsumer:
         for transport in self._transports:
             transport.close()
 
-    def _read(
-        self,
-        descriptor: KVDescriptor,
-        source: Sequence[int],
-        destination: Sequence[int],
-        deadline: float,
-    ) -> tuple[Stamp, str]:
+    def _read(self, descriptor: KVDescriptor, plan: ReadPlan, deadline: float) -> tuple[Stamp, str]:
         failed: TransportError | None = None
         for transport in self._transports:
             address = descriptor.endpoints.get(transport.name)
@@ -104,7 +100,7 @@ class KVConsumer:
                 failed = failed or TransferTimeout("no time was left to begin")
                 break
             try:
-                found = transport.read(address, source, self.region, destination, left_s)
+                found = transport.read(address, plan, self.region, left_s)
                 return found, transport.name
             except TransportError as error:
                 failed = error

@@ -8,6 +8,8 @@ The owner raises a block's generation *before* it writes other content into the 
 the epoch when a new life begins. A reader copies first and looks at both afterwards: equal numbers
 prove that no byte it copied was overwritten meanwhile (the idea of a seqlock).
 
+The blocks of a `DeviceRegion` lie on an accelerator; its memfd holds the other two parts alone.
+
 A shared region is a memfd: a peer of the same user maps it through `/proc/<pid>/fd/<n>`. It has no
 name in any file system, so a killed owner leaves nothing behind once its readers let go, and no
 sweep is needed. The id in the header tells a peer whether that descriptor is still this region.
@@ -21,6 +23,7 @@ import os
 import secrets
 import struct
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from kvxfer.errors import KVUsageError
 
@@ -39,17 +42,29 @@ class Region:
     """`num_blocks` blocks of `block_bytes` bytes. The owner closes it; readers have views.
 
     `buffer` are the blocks alone (writable), `generations` one unsigned 64-bit number a block.
+    `address` is where block 0 lies, a pointer that is good on `device`.
     Raises KVUsageError for impossible sizes.
     """
+
+    device = "cpu"
+    buffer: memoryview
 
     def __init__(
         self, num_blocks: int, block_bytes: int, *, epoch: int = 0, shared: bool = True
     ) -> None:
+        self._make(num_blocks, block_bytes, num_blocks * block_bytes, epoch, shared)
+        self.buffer = self._view[data_offset(num_blocks) :]
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+
+    def _make(
+        self, num_blocks: int, block_bytes: int, data_bytes: int, epoch: int, shared: bool
+    ) -> None:
+        """Everything but the blocks; `data_bytes` of the memory are for those."""
         if num_blocks < 1 or block_bytes < 1:
             raise KVUsageError(f"a region of {num_blocks} blocks of {block_bytes} bytes")
         self.id = secrets.token_hex(8)
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
-        size = data_offset(num_blocks) + num_blocks * block_bytes
+        size = data_offset(num_blocks) + data_bytes
         self.fd = os.memfd_create(f"kvxfer-{self.id}", os.MFD_CLOEXEC) if shared else -1
         if shared:
             os.ftruncate(self.fd, size)
@@ -59,11 +74,14 @@ class Region:
 
     def _attach(self, mapped: mmap.mmap) -> None:
         self._map = mapped
-        view = memoryview(mapped)
+        self._view = view = memoryview(mapped)
         self._head = view[: HEADER.size].cast("Q")
         self.generations = view[PAGE_BYTES : PAGE_BYTES + 8 * self.num_blocks].cast("Q")
-        self.buffer = view[data_offset(self.num_blocks) :]
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return self.num_blocks * self.block_bytes
 
     @property
     def epoch(self) -> int:
@@ -112,6 +130,39 @@ class Region:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+class DeviceRegion(Region):
+    """A region whose blocks lie in the caller's tensor, on the tensor's device.
+
+    `tensor` is contiguous and has exactly the bytes of all blocks; here it is a flat view of
+    bytes, and the region keeps it alive until `close`. `buffer` is empty.
+    Raises KVUsageError for a tensor that does not fit.
+    """
+
+    def __init__(self, tensor: Any, num_blocks: int, block_bytes: int, *, epoch: int = 0) -> None:
+        import torch
+
+        if not tensor.is_contiguous() or tensor.nbytes != num_blocks * block_bytes:
+            raise KVUsageError(
+                f"{tensor.nbytes} bytes for {num_blocks} blocks of {block_bytes}, "
+                f"contiguous: {tensor.is_contiguous()}"
+            )
+        self._make(num_blocks, block_bytes, 0, epoch, True)
+        self.tensor = tensor.view(-1).view(torch.uint8)
+        self.device = str(tensor.device)
+        self.buffer = memoryview(bytearray())
+        self.address = int(tensor.data_ptr())
+
+    def block(self, block_id: int) -> memoryview:
+        """A copy of the bytes of one block, in host memory: for tests and for people."""
+        start = block_id * self.block_bytes
+        return memoryview(self.tensor[start : start + self.block_bytes].cpu().numpy()).cast("B")
+
+    def close(self) -> None:
+        """See `Region.close`; the tensor is the caller's alone again."""
+        super().close()
+        self.tensor = None
 
 
 def runs(src: Sequence[int], dst: Sequence[int]) -> list[tuple[int, int, int]]:

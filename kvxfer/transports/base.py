@@ -5,7 +5,7 @@ that goes into every descriptor. From then on readers come without further calls
 that; it does not close the region.
 
 Consumer's side: `reaches` is asked before each read and must be cheap and offline. `read` copies
-blocks and *afterwards* fetches epoch and generations; it is called from several threads at once.
+what a plan says and *afterwards* fetches epoch and generations; several threads call it at once.
 The destination blocks belong to the call until it returns or raises; what they hold after it
 raised is undefined. Every failure is a `TransportError`, an address that makes no sense a
 `BadDescriptor`; nothing is retried here. Descriptors come from elsewhere: a block that the peer's
@@ -14,10 +14,11 @@ region does not have is an error like every other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from kvxfer.errors import BadDescriptor
+from kvxfer.plan import ReadPlan
 from kvxfer.region import Region
 
 Address = Mapping[str, Any]
@@ -28,7 +29,7 @@ class Stamp(NamedTuple):
 
     epoch: int
     generations: list[int]
-    """Of the source blocks, in the order asked for."""
+    """Of the plan's `src_blocks`, in that order."""
 
 
 class Transport(Protocol):
@@ -45,15 +46,22 @@ class Transport(Protocol):
     def read(
         self,
         address: Address,
-        src_blocks: Sequence[int],
+        plan: ReadPlan,
         destination: Region,
-        dst_blocks: Sequence[int],
         timeout_s: float,
     ) -> Stamp:
-        """Copy whole blocks. Raises TransportError and its kinds within about `timeout_s`."""
+        """Copy what `plan` says. Raises TransportError and its kinds within about `timeout_s`."""
 
     def close(self) -> None:
         """Stop serving, let go of what was opened at peers. Idempotent."""
+
+
+def check_source(plan: ReadPlan, num_blocks: int, block_bytes: int) -> None:
+    """The peer's region has what the plan reads. Raises BadDescriptor."""
+    if block_bytes != plan.src_block_bytes:
+        raise BadDescriptor(f"blocks of {block_bytes} bytes there, not {plan.src_block_bytes}")
+    if plan.last_block >= num_blocks:
+        raise BadDescriptor(f"no block {plan.last_block} in that region")
 
 
 def number(address: Address, name: str) -> int:

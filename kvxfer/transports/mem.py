@@ -10,13 +10,14 @@ import ctypes
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvxfer.errors import BadDescriptor, PeerLost, Revoked, TransferTimeout
-from kvxfer.region import Region, runs
-from kvxfer.transports.base import Address, Stamp, text
+from kvxfer.errors import PeerLost, Revoked, TransferTimeout
+from kvxfer.plan import ReadPlan
+from kvxfer.region import Region
+from kvxfer.transports.base import Address, Stamp, check_source, text
 
 _served: dict[str, Region] = {}
 _lock = threading.Lock()
@@ -56,9 +57,8 @@ class MemTransport:
     def read(
         self,
         address: Address,
-        src_blocks: Sequence[int],
+        plan: ReadPlan,
         destination: Region,
-        dst_blocks: Sequence[int],
         timeout_s: float,
     ) -> Stamp:
         """See `Transport`."""
@@ -68,27 +68,24 @@ class MemTransport:
             raise PeerLost(f"no region {address['region']} in this process")
         if not source.open:
             raise Revoked("the region was revoked")
-        if source.block_bytes != destination.block_bytes:
-            raise BadDescriptor(f"blocks of {source.block_bytes} bytes there")
-        if src_blocks and max(src_blocks) >= source.num_blocks:
-            raise BadDescriptor(f"no block {max(src_blocks)} in that region")
+        check_source(plan, source.num_blocks, source.block_bytes)
         if fault and fault.kind in ("delay", "drop"):
             time.sleep(min(fault.seconds, timeout_s))
             if fault.kind == "drop" or fault.seconds >= timeout_s:
                 raise TransferTimeout(f"no answer within {timeout_s} s")
         if fault and fault.kind == "die":
-            half = len(src_blocks) // 2
-            copy_blocks(source.address, src_blocks[:half], destination, dst_blocks[:half])
+            pieces = plan.pieces()
+            copy_pieces(source.address, pieces[: len(pieces) // 2], destination.address)
             raise PeerLost("the peer died during the read")
-        copy_blocks(source.address, src_blocks, destination, dst_blocks)
-        if fault and fault.kind == "corrupt" and dst_blocks:
-            destination.block(dst_blocks[0])[0] ^= 0xFF
+        copy_pieces(source.address, plan.pieces(), destination.address)
+        if fault and fault.kind == "corrupt":
+            destination.buffer[plan.pieces()[0][1]] ^= 0xFF
         if fault and fault.kind == "reuse":
-            source.bump(src_blocks[:1])
+            source.bump(plan.src_blocks[:1])
         if not source.open:
             raise Revoked("the region was revoked during the read")
         epoch = source.epoch + (1 if fault and fault.kind == "stale_epoch" else 0)
-        return Stamp(epoch, source.stamps(src_blocks))
+        return Stamp(epoch, source.stamps(plan.src_blocks))
 
     def close(self) -> None:
         """See `Transport`."""
@@ -98,13 +95,10 @@ class MemTransport:
         self._mine.clear()
 
 
-def copy_blocks(
-    source_address: int, src_blocks: Sequence[int], destination: Region, dst_blocks: Sequence[int]
-) -> None:
-    """memmove of whole blocks, neighbours in one piece; the interpreter lock is let go meanwhile.
+def copy_pieces(source: int, pieces: Iterable[tuple[int, int, int]], destination: int) -> None:
+    """memmove of each piece; the interpreter's lock is let go meanwhile.
 
-    `source_address`: where block 0 of the source lies in this process.
+    `source` and `destination`: where the regions' blocks 0 lie in this process.
     """
-    size = destination.block_bytes
-    for src, dst, count in runs(src_blocks, dst_blocks):
-        ctypes.memmove(destination.address + dst * size, source_address + src * size, count * size)
+    for src, dst, num_bytes in pieces:
+        ctypes.memmove(destination + dst, source + src, num_bytes)

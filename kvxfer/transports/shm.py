@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
-from kvxfer.errors import BadDescriptor, KVUsageError, PeerLost, Revoked
+from kvxfer.errors import KVUsageError, PeerLost, Revoked
+from kvxfer.plan import ReadPlan
 from kvxfer.region import Region
-from kvxfer.transports.base import Address, Stamp
+from kvxfer.transports.base import Address, Stamp, check_source
 from kvxfer.transports.mappings import Mapped, Mappings, start_time
-from kvxfer.transports.mem import copy_blocks
+from kvxfer.transports.mem import copy_pieces
 
 
 class ShmTransport:
@@ -29,9 +29,9 @@ class ShmTransport:
         weakref.finalize(self, self._maps.clear).atexit = False
 
     def serve(self, region: Region) -> dict[str, Any]:
-        """See `Transport`. The region must be a shared one. Raises KVUsageError."""
-        if region.fd < 0:
-            raise KVUsageError("shm needs a region that is shared and not closed")
+        """See `Transport`. The region must be a shared one, in host memory. Raises KVUsageError."""
+        if region.fd < 0 or region.device != "cpu":
+            raise KVUsageError("shm needs a region of the host that is shared and not closed")
         pid = os.getpid()
         return {"pid": pid, "start": start_time(pid), "fd": region.fd, "region": region.id}
 
@@ -42,22 +42,18 @@ class ShmTransport:
     def read(
         self,
         address: Address,
-        src_blocks: Sequence[int],
+        plan: ReadPlan,
         destination: Region,
-        dst_blocks: Sequence[int],
         timeout_s: float,
     ) -> Stamp:
         """See `Transport`. A copy in memory has no time-out; the peer takes no part in it."""
         mapped = self._maps.get(address)
         if not mapped.open:
             self._check(mapped)
-        if mapped.block_bytes != destination.block_bytes:
-            raise BadDescriptor(f"blocks of {mapped.block_bytes} bytes there")
-        if src_blocks and max(src_blocks) >= mapped.num_blocks:
-            raise BadDescriptor(f"no block {max(src_blocks)} in that region")
-        copy_blocks(mapped.address, src_blocks, destination, dst_blocks)
+        check_source(plan, mapped.num_blocks, mapped.block_bytes)
+        copy_pieces(mapped.address, plan.pieces(), destination.address)
         generations = mapped.generations
-        stamp = Stamp(mapped.epoch, [generations[block] for block in src_blocks])
+        stamp = Stamp(mapped.epoch, [generations[block] for block in plan.src_blocks])
         self._check(mapped)
         return stamp
 

@@ -2,7 +2,7 @@
 
 After the handshake (`wire`) one connection serves one read at a time:
 
-    reader: region id, number of runs, (first block, blocks) each
+    reader: region id, numbers of pieces and of blocks; (first byte, bytes) of each piece; blocks
     server: status; the blocks' bytes; then epoch and generations, looked at after the last byte
             has left. Or a status that refuses, and the end of the connection
 
@@ -17,19 +17,19 @@ import struct
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 from kvxfer.errors import BadDescriptor, KVUsageError, PeerLost, Revoked, TransferTimeout
-from kvxfer.region import Region, runs
+from kvxfer.plan import ReadPlan
+from kvxfer.region import Region
 from kvxfer.transports import wire
 from kvxfer.transports.base import Address, Stamp, number, text
 from kvxfer.transports.tcp_server import (
     BAD,
     NO_EPOCH,
+    PIECE,
     REQUEST,
     REVOKED,
-    RUN,
     STATUS_BYTES,
     TcpServer,
 )
@@ -81,20 +81,19 @@ class TcpTransport:
     def read(
         self,
         address: Address,
-        src_blocks: Sequence[int],
+        plan: ReadPlan,
         destination: Region,
-        dst_blocks: Sequence[int],
         timeout_s: float,
     ) -> Stamp:
         """See `Transport`."""
         where = (text(address, "host"), number(address, "port"))
-        request, views = _request(text(address, "region"), src_blocks, destination, dst_blocks)
+        request, views = _request(text(address, "region"), plan, destination)
         deadline = time.monotonic() + timeout_s
         sock = None
         closes = self._closes
         try:
             sock = self._connection(where, deadline)
-            stamp = _ask(sock, request, views, len(src_blocks), deadline)
+            stamp = _ask(sock, request, views, len(plan.src_blocks), deadline)
         except BaseException as error:
             if sock is not None:
                 sock.close()
@@ -150,18 +149,17 @@ class TcpTransport:
         sock.close()
 
 
-def _request(
-    region: str, src_blocks: Sequence[int], destination: Region, dst_blocks: Sequence[int]
-) -> tuple[bytes, list[memoryview]]:
-    """What to ask, and where the answer's blocks go. Raises BadDescriptor."""
-    wanted = runs(src_blocks, dst_blocks)
+def _request(region: str, plan: ReadPlan, destination: Region) -> tuple[bytes, list[memoryview]]:
+    """What to ask, and where the answer's bytes go. Raises BadDescriptor."""
+    wanted, blocks = plan.pieces(), plan.src_blocks
     try:
-        parts = [REQUEST.pack(region.encode("ascii"), len(wanted))]
-        parts += [RUN.pack(src, count) for src, _, count in wanted]
+        parts = [REQUEST.pack(region.encode("ascii"), len(wanted), len(blocks))]
+        parts += [PIECE.pack(src, num_bytes) for src, _, num_bytes in wanted]
+        parts.append(struct.pack(f"!{len(blocks)}I", *blocks))
     except (struct.error, UnicodeEncodeError) as error:
         raise BadDescriptor(f"region {region!r}, blocks: {error}") from error
-    size, buffer = destination.block_bytes, destination.buffer
-    return b"".join(parts), [buffer[d * size : (d + count) * size] for _, d, count in wanted]
+    buffer = destination.buffer
+    return b"".join(parts), [buffer[dst : dst + num_bytes] for _, dst, num_bytes in wanted]
 
 
 def _ask(

@@ -1,7 +1,7 @@
 """The end of `tcp` that has the KV: one thread for each connected reader, inside the engine.
 
 A thread waits in the kernel nearly all of its life; a read costs it one system call for up to 1,024
-runs of blocks, straight from the region and without the interpreter's lock. Generations are looked
+pieces, straight from the region and without the interpreter's lock. Generations are looked
 at after the last byte was handed to the kernel: what the reader gets is then older than any reuse.
 """
 
@@ -12,19 +12,23 @@ import socket
 import struct
 import threading
 import time
+from typing import NamedTuple
 
 from kvxfer.errors import PeerLost, TransportError
 from kvxfer.region import Region
 from kvxfer.transports import wire
 
-REQUEST = struct.Struct("!16sI")
-RUN = struct.Struct("!II")
+REQUEST = struct.Struct("!16sII")
+"""Region's id, numbers of pieces and of blocks"""
+PIECE = struct.Struct("!QQ")
+"""First byte, bytes"""
+BLOCK = struct.Struct("!I")
 STATUS_BYTES = 64
 """A cache line: a shorter one misaligns the kernel's copies, and they take twice as long."""
 OK, REVOKED, BAD = (letter.ljust(STATUS_BYTES, b"\0") for letter in (b"k", b"r", b"b"))
 NO_EPOCH = 2**64 - 1
 """In an epoch's place: revoked while it was read."""
-_MOST_RUNS = 1 << 20
+_MOST_PIECES = 1 << 20
 _HANDSHAKE_S = 10.0
 _MOST_AT_ONCE = 16384
 
@@ -89,7 +93,7 @@ class TcpServer:
                 return
             wire.limit(sock, socket.SO_SNDTIMEO, self._patience_s)
             wire.limit(sock, socket.SO_RCVTIMEO, 0)
-            while self._answer(sock, *_request(sock, self._patience_s)):
+            while self._answer(sock, _request(sock, self._patience_s)):
                 pass
         except (OSError, TransportError, ValueError):
             pass
@@ -98,41 +102,54 @@ class TcpServer:
                 self._peers.discard(sock)
                 sock.close()
 
-    def _answer(self, sock: socket.socket, region_id: bytes, asked: list[tuple[int, int]]) -> bool:
+    def _answer(self, sock: socket.socket, asked: Request) -> bool:
         """False: refused; the connection ends, which tells the reader not to wait for more."""
-        region = self._regions.get(region_id.decode("ascii"))
+        region = self._regions.get(asked.region)
         if region is None or not region.open:
             sock.sendall(REVOKED)
             return False
-        if any(first + count > region.num_blocks for first, count in asked):
+        if any(first + size > region.num_bytes for first, size in asked.pieces) or any(
+            block >= region.num_blocks for block in asked.blocks
+        ):
             sock.sendall(BAD)
             return False
-        size, buffer = region.block_bytes, region.buffer
-        pieces = [buffer[first * size : (first + count) * size] for first, count in asked]
+        pieces = [region.buffer[first : first + size] for first, size in asked.pieces]
         wire.send(sock, [memoryview(OK), *pieces], more=True)
-        stamps = region.stamps([b for first, count in asked for b in range(first, first + count)])
-        numbers = [region.epoch if region.open else NO_EPOCH, *stamps]
+        numbers = [region.epoch if region.open else NO_EPOCH, *region.stamps(asked.blocks)]
         wire.send(sock, [memoryview(struct.pack(f"!{len(numbers)}Q", *numbers))])
         return True
 
 
-def _request(sock: socket.socket, patience_s: float) -> tuple[bytes, list[tuple[int, int]]]:
-    """The next one: region's id and runs. Waits without end for its first byte alone."""
+class Request(NamedTuple):
+    """What a reader wants."""
+
+    region: str
+    pieces: list[tuple[int, int]]
+    """(first byte, bytes), from the region's block 0"""
+    blocks: list[int]
+    """Whose generations it wants"""
+
+
+def _request(sock: socket.socket, patience_s: float) -> Request:
+    """The next one. Waits without end for its first byte alone."""
     head = sock.recv(_MOST_AT_ONCE)
     if not head:
         raise PeerLost("the reader left")
     deadline = time.monotonic() + patience_s
     if len(head) < REQUEST.size:
         head += _more(sock, REQUEST.size - len(head), deadline)
-    region_id, num_runs = REQUEST.unpack_from(head)
-    if num_runs > _MOST_RUNS:
-        raise ValueError("too many runs")
-    missing = REQUEST.size + num_runs * RUN.size - len(head)
-    if missing < 0:
+    region_id, num_pieces, num_blocks = REQUEST.unpack_from(head)
+    if max(num_pieces, num_blocks) > _MOST_PIECES:
+        raise ValueError("too many pieces")
+    size = REQUEST.size + num_pieces * PIECE.size + num_blocks * BLOCK.size
+    if len(head) > size:
         raise ValueError("a request before the last was answered")
-    if missing:
-        head += _more(sock, missing, deadline)
-    return region_id, list(RUN.iter_unpack(memoryview(head)[REQUEST.size :]))
+    if len(head) < size:
+        head += _more(sock, size - len(head), deadline)
+    rest = memoryview(head)[REQUEST.size :]
+    at = num_pieces * PIECE.size
+    blocks = struct.unpack(f"!{num_blocks}I", rest[at:])
+    return Request(region_id.decode("ascii"), list(PIECE.iter_unpack(rest[:at])), list(blocks))
 
 
 def _more(sock: socket.socket, size: int, deadline: float) -> bytes:

@@ -28,7 +28,7 @@ from kvxfer import (
 )
 from kvxfer.testing.proxy import NetFault, Proxy
 from kvxfer.transports import wire
-from kvxfer.transports.tcp_server import REQUEST, RUN
+from kvxfer.transports.tcp_server import PIECE, REQUEST
 
 SECRET = "open sesame"
 BLOCKS = [3, 1, 6, 7]
@@ -186,7 +186,7 @@ def test_readers_that_stall_lose_their_connection_after_the_patience(says: str) 
                 sock.sendall(b"x")
             elif says != "nothing":
                 wire.introduce(sock, SECRET.encode(), time.monotonic() + 10)
-                head = REQUEST.pack(both.source.id.encode(), 1) + RUN.pack(0, 8)
+                head = REQUEST.pack(both.source.id.encode(), 1, 0) + PIECE.pack(0, both.source.num_bytes)
                 sock.sendall(head[:-1] if says == "half a request" else head)
             both.pull()
             both.consumer.close()

@@ -1,0 +1,98 @@
+"""What one read copies: pieces of the source's blocks into pieces of the destination's.
+
+Between equal ends that is whole blocks. Where the ends differ in block size or serve different
+heads, each pair of blocks shares a few patterns of spans, and a plan names each pattern once
+(`Move`), so that a plan stays small and a kernel can walk over it in one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """Bytes within a source block and within a destination block."""
+
+    src: int
+    dst: int
+    num_bytes: int
+
+
+class Move(NamedTuple):
+    """Every span for every pair of blocks."""
+
+    spans: tuple[Span, ...]
+    pairs: tuple[tuple[int, int], ...]
+    """(source block, destination block)"""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it copies."""
+        return len(self.pairs) * sum(span.num_bytes for span in self.spans)
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """One read of one region into another. No two pieces overlap at the destination."""
+
+    src_blocks: tuple[int, ...]
+    """Distinct blocks that are read, in the order in which their generations are wanted."""
+    moves: tuple[Move, ...]
+    src_block_bytes: int
+    dst_block_bytes: int
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes that are copied."""
+        return sum(move.num_bytes for move in self.moves)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether blocks are copied from end to end and nothing else is done."""
+        return self.src_block_bytes == self.dst_block_bytes and all(
+            move.spans == (Span(0, 0, self.src_block_bytes),) for move in self.moves
+        )
+
+    @cached_property
+    def last_block(self) -> int:
+        """The highest source block; -1 where nothing is read."""
+        return max(self.src_blocks, default=-1)
+
+    @cached_property
+    def last_dst_block(self) -> int:
+        """The highest destination block; -1 where nothing is read."""
+        return max((dst for move in self.moves for _, dst in move.pairs), default=-1)
+
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """(source byte, destination byte, length), each counted from the region's block 0.
+
+        What neighbours on both sides is one piece.
+        """
+        found: list[tuple[int, int, int]] = []
+        at = to = size = 0
+        for move in self.moves:
+            for src_block, dst_block in move.pairs:
+                src0, dst0 = src_block * self.src_block_bytes, dst_block * self.dst_block_bytes
+                for src, dst, num_bytes in move.spans:
+                    if src0 + src == at + size and dst0 + dst == to + size:
+                        size += num_bytes
+                        continue
+                    if size:
+                        found.append((at, to, size))
+                    at, to, size = src0 + src, dst0 + dst, num_bytes
+        if size:
+            found.append((at, to, size))
+        return found
+
+
+def whole_blocks(
+    src_blocks: Sequence[int], dst_blocks: Sequence[int], block_bytes: int
+) -> ReadPlan:
+    """Each source block into the destination block beside it. Raises ValueError unless there
+    are as many of both."""
+    pairs = tuple(zip(src_blocks, dst_blocks, strict=True))
+    move = Move((Span(0, 0, block_bytes),), pairs)
+    return ReadPlan(tuple(src_blocks), (move,) if pairs else (), block_bytes, block_bytes)
