@@ -186,7 +186,9 @@ def test_readers_that_stall_lose_their_connection_after_the_patience(says: str) 
                 sock.sendall(b"x")
             elif says != "nothing":
                 wire.introduce(sock, SECRET.encode(), time.monotonic() + 10)
-                head = REQUEST.pack(both.source.id.encode(), 1, 0) + PIECE.pack(0, both.source.num_bytes)
+                head = REQUEST.pack(both.source.id.encode(), 1, 0) + PIECE.pack(
+                    0, both.source.num_bytes
+                )
                 sock.sendall(head[:-1] if says == "half a request" else head)
             both.pull()
             both.consumer.close()
