@@ -6,6 +6,7 @@ nothing) or `broken` (end at once with an error). Redis and the supervisor are r
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ def main() -> None:
     from pdbatch.cli import main as pdbatch
     from pdbatch.local import cluster
 
+    # Ignored in what a script runs in the background, and that is inherited; not in a terminal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     me, mode = str(Path(__file__).resolve()), sys.argv.pop(1)
     cluster.reconciler_argv = lambda: (sys.executable, "-c", "import signal; signal.pause()")
     cluster.worker_argv = lambda settings: (sys.executable, me, "worker", mode)
