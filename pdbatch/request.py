@@ -73,10 +73,21 @@ class StageTimes(msgspec.Struct, kw_only=True, omit_defaults=True):
     """In an engine, before its first step."""
     prefill_s: float = 0.0
     handoff_s: float = 0.0
-    """From published to pulled: waiting for a decode worker included."""
+    """From offered until its pull began: waiting for a decode worker."""
     transfer_s: float = 0.0
-    """The bytes' own way."""
+    """The bytes' own way, with the proof that they are the right ones."""
     decode_s: float = 0.0
+    engine_s: float = 0.0
+    """No stage: its share, by tokens, of the steps that it took part in. Over all requests of a
+    job that is the time that engines worked for it."""
+
+
+class KVTransfer(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request's KV came from its prefill worker."""
+
+    transport: str
+    num_bytes: int
+    """Blocks that the decode worker had already are left out."""
 
 
 class RequestError(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -103,6 +114,8 @@ class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     outputs: list[CompletionOutput] = []
     usage: Usage = Usage()
     times: StageTimes = msgspec.field(default_factory=StageTimes)
+    transfer: KVTransfer | None = None
+    """None: no KV was moved."""
     error: RequestError | None = None
     prefill_worker: str = ""
     decode_worker: str = ""

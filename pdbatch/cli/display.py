@@ -41,6 +41,12 @@ def job_document(view: JobView) -> dict[str, Any]:
         },
         "elapsed_s": elapsed_s(view),
         "stages_s": {stage: getattr(view.times, f"{stage}_s") for stage in STAGES},
+        "engine_s": view.times.engine_s,
+        "transfer": {
+            "bytes": view.transfer_bytes,
+            "bytes_per_s": ratio(view.transfer_bytes, view.times.transfer_s),
+            "share_of_engine_time": ratio(view.times.transfer_s, view.times.engine_s),
+        },
     }
 
 
@@ -49,6 +55,11 @@ def elapsed_s(view: JobView) -> float:
     if view.started_at is None:
         return 0.0
     return max(0.0, (view.finished_at or time.time()) - view.started_at)
+
+
+def ratio(number: float, of: float) -> float | None:
+    """None where there is nothing to compare with."""
+    return number / of if of > 0 else None
 
 
 def rate(number: float, seconds: float) -> str:
@@ -96,6 +107,18 @@ def summary_rows(view: JobView, start_s: float = 0.0) -> Iterator[tuple[str, str
         for stage in STAGES:
             mean_s = getattr(view.times, f"{stage}_s") / counts.succeeded
             yield f"  {stage}", f"{mean_s:.3f} s a request"
+    if view.transfer_bytes:
+        yield "KV moved", transfer_text(view)
+
+
+def transfer_text(view: JobView) -> str:
+    """`1.25 GB at 210 GB/s, 0.4% of the engines' time`."""
+    text = f"{view.transfer_bytes / 1e9:,.2f} GB"
+    speed = ratio(view.transfer_bytes, view.times.transfer_s)
+    if speed is not None:
+        text += f" at {speed / 1e9:,.1f} GB/s"
+    share = ratio(view.times.transfer_s, view.times.engine_s)
+    return text if share is None else f"{text}, {share:.1%} of the engines' time"
 
 
 def job_lines(view: JobView) -> list[str]:

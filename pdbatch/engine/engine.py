@@ -91,7 +91,7 @@ class Engine:
         self._admission = Admission(model.tokenizer, limits, model.eos_token_ids, worker)
         self._adoptions = Adoptions(transfers, self.scheduler) if transfers is not None else None
         self._outgoing = Outgoing(transfers, blocks.pool, worker) if transfers is not None else None
-        self._stepper = Stepper(model, blocks)
+        self._stepper = Stepper(model, blocks, clock)
         self._out = Outbox()
         self._life = Lifecycle(
             model,

@@ -244,7 +244,7 @@ class KVTransfers:
             if not isinstance(error, KVTransferError):
                 logger.exception("the pull of %s failed", incoming.handoff_id)
             return PullResult(incoming.handoff_id, code=type(error).__name__, message=str(error))
-        return PullResult(incoming.handoff_id, stats.num_bytes, stats.seconds)
+        return PullResult(incoming.handoff_id, stats.num_bytes, stats.seconds, stats.transport)
 
 
 def prompt_hash(token_ids: Sequence[int]) -> bytes:

@@ -94,8 +94,10 @@ class Lifecycle:
             return
         self._out.pulled.append(ended.handoff_id)
         self._out.pulled_bytes += ended.num_bytes
-        request.times.handoff_s = max(0.0, time.time() - pull.incoming.payload.pinned_at)
+        offered_s = time.time() - pull.incoming.payload.pinned_at
+        request.times.handoff_s = max(0.0, offered_s - ended.seconds)
         request.times.transfer_s = ended.seconds
+        request.transfer = ended.transfer
         request.close_stage(self._clock())
         first = pull.incoming.payload.first
         request.sequences += [Sequence(request, index) for index in range(1, len(first))]

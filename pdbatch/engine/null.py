@@ -37,7 +37,14 @@ from pdbatch.engine.outputs import failure
 from pdbatch.engine.payload import FirstToken, HandoffPayload, pack_tokens, unpack_tokens
 from pdbatch.engine.ports import PullRefused
 from pdbatch.errors import InvariantError
-from pdbatch.request import CompletionOutput, RequestOutput, RequestSpec, StageTimes, Usage
+from pdbatch.request import (
+    CompletionOutput,
+    KVTransfer,
+    RequestOutput,
+    RequestSpec,
+    StageTimes,
+    Usage,
+)
 from pdbatch.sampling import SamplingParams
 
 _BLOCK_TOKENS = 2048
@@ -238,10 +245,12 @@ class NullEngine:
         self._out.pulled.append(item.handoff_id)
         self._out.pulled_bytes += ended.num_bytes
         times = payload.times
-        times.handoff_s = max(0.0, time.time() - payload.pinned_at)
+        times.handoff_s = max(0.0, time.time() - payload.pinned_at - ended.seconds)
         times.transfer_s = ended.seconds
         prompt = len(incoming.prompt_token_ids)
-        self._finish(payload.key, payload.sampling, prompt, times, payload.prefill_worker)
+        self._finish(
+            payload.key, payload.sampling, prompt, times, payload.prefill_worker, ended.transfer
+        )
 
     def _compare(self, content: bytes, blocks: list[BlockId], key: str) -> None:
         for block in blocks:
@@ -255,7 +264,13 @@ class NullEngine:
         )
 
     def _finish(
-        self, key: str, sampling: SamplingParams, prompt: int, times: StageTimes, prefiller: str
+        self,
+        key: str,
+        sampling: SamplingParams,
+        prompt: int,
+        times: StageTimes,
+        prefiller: str,
+        transfer: KVTransfer | None = None,
     ) -> None:
         count = _length(sampling)
         outputs = [
@@ -273,6 +288,7 @@ class NullEngine:
                 outputs=outputs,
                 usage=Usage(prompt_tokens=prompt, completion_tokens=count * sampling.n),
                 times=times,
+                transfer=transfer,
                 prefill_worker=prefiller,
                 decode_worker=self._config.worker if self._config.role != "prefill" else "",
             )

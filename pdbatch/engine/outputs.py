@@ -64,6 +64,7 @@ def result(request: ActiveRequest, tokenizer: TextSource, *, decode_worker: str)
             cached_tokens=request.num_cached_tokens,
         ),
         times=request.times,
+        transfer=request.transfer,
         prefill_worker=request.prefill_worker,
         decode_worker=decode_worker,
     )

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from pdbatch.engine.messages import Adoption, Handoff
 from pdbatch.engine.model_input import ModelInput, SampledToken, SamplingState
 from pdbatch.engine.payload import HandoffPayload
+from pdbatch.request import KVTransfer
 
 
 class Runner(Protocol):
@@ -81,9 +82,18 @@ class PullResult:
     handoff_id: str
     num_bytes: int = 0
     seconds: float = 0.0
+    transport: str = ""
+    """Who moved the bytes; empty where none were."""
     code: str | None = None
     """None: the KV is here and proved right. Else the error's class name."""
     message: str = ""
+
+    @property
+    def transfer(self) -> KVTransfer | None:
+        """As the request's result tells it."""
+        if not self.transport:
+            return None
+        return KVTransfer(transport=self.transport, num_bytes=self.num_bytes)
 
 
 class PullRefused(Exception):

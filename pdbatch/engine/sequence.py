@@ -30,7 +30,7 @@ from pdbatch.engine.blocks import BlockHash, BlockId
 from pdbatch.engine.model_input import SampledToken, SamplingState
 from pdbatch.engine.ports import Detokenizer
 from pdbatch.engine.stop import StopChecker
-from pdbatch.request import FinishReason, StageTimes
+from pdbatch.request import FinishReason, KVTransfer, StageTimes
 from pdbatch.sampling import SamplingParams
 
 
@@ -63,6 +63,7 @@ class ActiveRequest:
         "started",
         "stop_token_ids",
         "times",
+        "transfer",
     )
 
     def __init__(
@@ -96,6 +97,8 @@ class ActiveRequest:
         """True once it came from or left for another engine."""
         self.prefill_worker = ""
         self.times = StageTimes()
+        self.transfer: KVTransfer | None = None
+        """How its KV came here, if it did."""
         self.arrived_at = now_s
         self.stage_started_at = now_s
         """Monotonic seconds at which the stage under way began."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,24 +35,33 @@ class ModelSide:
 class Stepper:
     """Runs what the scheduler chose."""
 
-    def __init__(self, model: ModelSide, blocks: BlockManager) -> None:
+    def __init__(
+        self,
+        model: ModelSide,
+        blocks: BlockManager,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._model = model
         self._blocks = blocks
+        self._clock = clock
 
     def run(self, plan: SchedulerOutput) -> list[tuple[Sequence, SampledToken]]:
         """Compute the plan; the next token of each sequence that is through with its tokens.
 
         A request whose prompt is through gives one token for each of its outputs. Counts of
-        computed tokens are moved on; tokens are not appended yet. If anything is raised, no
-        content can be found in the pool any more: some blocks were named before they were written.
+        computed tokens are moved on, and each request gets its share of the time; tokens are not
+        appended yet. If anything is raised, no content can be found in the pool any more: some
+        blocks were named before they were written.
         """
-        sequences = plan.sequences
+        sequences, start = plan.sequences, self._clock()
         try:
             chosen = self._compute(sequences, len(plan.decodes))
         except BaseException:
             self._blocks.pool.forget_all()
             raise
+        token_s = (self._clock() - start) / plan.num_tokens
         for sequence in sequences:
+            sequence.request.times.engine_s += token_s * sequence.num_scheduled_tokens
             sequence.num_computed_tokens += sequence.num_scheduled_tokens
             sequence.num_scheduled_tokens = 0
         return chosen

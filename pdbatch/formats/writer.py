@@ -51,6 +51,7 @@ def success_line(
         "usage": _usage(output.usage),
         "pdbatch": {
             "times": output.times,
+            "transfer": output.transfer,
             "workers": {"prefill": output.prefill_worker, "decode": output.decode_worker},
         },
     }

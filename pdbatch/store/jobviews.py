@@ -22,6 +22,7 @@ _SUMMED = (
     "prompt_tokens",
     "cached_tokens",
     "output_tokens",
+    "transfer_bytes",
     *_STAGES,
 )
 _ROLL_UP = select(*(func.coalesce(func.sum(SHARDS.c[name]), 0).label(name) for name in _SUMMED))
@@ -67,4 +68,5 @@ def _view(job: Row[Any], sums: Row[Any]) -> JobView:
             output=int(sums.output_tokens),
         ),
         times=StageTimes(**{stage: float(getattr(sums, stage)) for stage in _STAGES}),
+        transfer_bytes=int(sums.transfer_bytes),
     )

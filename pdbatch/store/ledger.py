@@ -39,6 +39,7 @@ _COUNTERS = (
     "prompt_tokens",
     "cached_tokens",
     "output_tokens",
+    "transfer_bytes",
     *_STAGES,
 )
 _COUNTER_OF = {
@@ -60,6 +61,7 @@ class Terminal(msgspec.Struct):
     output_tokens: int = 0
     finish_reason: str | None = None
     times: StageTimes | None = None
+    transfer_bytes: int = 0
 
 
 # --- rows
@@ -127,6 +129,7 @@ def _sums(rows: Iterable[Terminal]) -> dict[int, dict[str, float]]:
         of_shard["add_prompt_tokens"] += row.prompt_tokens
         of_shard["add_cached_tokens"] += row.cached_tokens
         of_shard["add_output_tokens"] += row.output_tokens
+        of_shard["add_transfer_bytes"] += row.transfer_bytes
         if row.times is not None:
             for stage in _STAGES:
                 of_shard["add_" + stage] += getattr(row.times, stage)

@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-REVISION = "0001"
+REVISION = "0002"
 """The revision that this code needs; a test holds it to the newest migration."""
 
 _Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite: INTEGER PRIMARY KEY is the row id
@@ -87,6 +87,8 @@ class Shard(Base):
     handoff_s: Mapped[float] = mapped_column(Float(53))
     transfer_s: Mapped[float] = mapped_column(Float(53))
     decode_s: Mapped[float] = mapped_column(Float(53))
+    engine_s: Mapped[float] = mapped_column(Float(53))
+    transfer_bytes: Mapped[int] = mapped_column(BigInteger)
 
     __table_args__ = (
         Index("shards_by_job", "job_no", "state", "model", "id"),

@@ -78,6 +78,7 @@ class Results:
                     row.output_tokens,
                     storable(row.finish_reason),
                     row.times,
+                    row.transfer_bytes,
                 )
             )
         return terminal

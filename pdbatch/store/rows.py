@@ -104,6 +104,8 @@ class JobView:
     tokens: TokenCounts
     times: StageTimes
     """Sums over the requests that have rows."""
+    transfer_bytes: int = 0
+    """KV that was handed over for them."""
 
 
 class IngestRow(msgspec.Struct, frozen=True):
@@ -179,6 +181,8 @@ class ResultRow:
     """Of the first output; None for an error."""
     times: StageTimes = field(default_factory=StageTimes)
     """Added to the sums of its shard."""
+    transfer_bytes: int = 0
+    """Likewise."""
 
     @classmethod
     def from_output(cls, output: RequestOutput) -> ResultRow:
@@ -196,6 +200,7 @@ class ResultRow:
             output_tokens=usage.completion_tokens,
             finish_reason=output.outputs[0].finish_reason if output.outputs else None,
             times=output.times,
+            transfer_bytes=output.transfer.num_bytes if output.transfer else 0,
         )
 
 

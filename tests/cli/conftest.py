@@ -14,7 +14,14 @@ import pytest
 from pdbatch.client import Client
 from pdbatch.config import Settings
 from pdbatch.ids import JobId, request_key
-from pdbatch.request import CompletionOutput, RequestError, RequestOutput, StageTimes, Usage
+from pdbatch.request import (
+    CompletionOutput,
+    KVTransfer,
+    RequestError,
+    RequestOutput,
+    StageTimes,
+    Usage,
+)
 from pdbatch.store import ResultRow, Store
 
 Answer = Callable[[int], "str | RequestError"]
@@ -63,7 +70,8 @@ class PlayedWorker:
                 key=key,
                 outputs=[output],
                 usage=Usage(prompt_tokens=5, completion_tokens=2, cached_tokens=1),
-                times=StageTimes(prefill_s=0.25, decode_s=0.5),
+                times=StageTimes(prefill_s=0.25, transfer_s=0.01, decode_s=0.5, engine_s=0.5),
+                transfer=KVTransfer(transport="shm", num_bytes=30_000_000),
             )
         )
 

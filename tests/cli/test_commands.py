@@ -93,6 +93,14 @@ def test_submit_prints_the_id_alone_and_a_script_can_go_on(
     assert json.loads(pdbatch("status", "--json").stdout)[0]["id"] == job
     human = pdbatch("status", job).stdout
     assert "completed" in human and "prompt tokens   45 (9 cached)" in human
+    assert "KV moved        0.27 GB at 3.0 GB/s, 2.0% of the engines' time" in human
+    moved = json.loads(pdbatch("status", job, "--json").stdout)
+    assert moved["engine_s"] == 4.5 and moved["stages_s"]["transfer"] == pytest.approx(0.09)
+    assert moved["transfer"] == {
+        "bytes": 270_000_000,
+        "bytes_per_s": pytest.approx(3e9),
+        "share_of_engine_time": pytest.approx(0.02),
+    }
 
 
 def test_submit_and_wait_says_by_its_exit_code_how_the_job_ended(

@@ -185,7 +185,7 @@ class FakeTransfers:
         self.read_blocks += len(blocks) - skip
         now = [source.pool_generations[block] for block in source.blocks]
         code = None if ok and now == source.generations else "StaleGeneration"
-        self.ended.append(PullResult(handoff_id, len(blocks) - skip, 0.0, code))
+        self.ended.append(PullResult(handoff_id, len(blocks) - skip, code=code))
 
     def finished_pulls(self) -> list[PullResult]:
         ended, self.ended = self.ended, []

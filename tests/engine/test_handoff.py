@@ -143,7 +143,12 @@ def test_a_pair_gives_what_one_engine_gives(model, transport, caching, sampling)
     if caching:
         saved = everything - stats.pulled_bytes // pair.decode.info.block_bytes
         assert saved >= 5 * 5  # five full blocks of the shared prefix, pulled once or twice
-    assert any(output.times.handoff_s > 0 for output in pair.outputs.values())
+    for output in pair.outputs.values():
+        assert output.times.engine_s > 0 and output.times.handoff_s >= 0
+        if output.transfer is not None:
+            assert output.transfer.transport == transport and output.times.transfer_s > 0
+    moved = [output.transfer.num_bytes for output in pair.outputs.values() if output.transfer]
+    assert sum(moved) == stats.pulled_bytes
     pair.close()
 
 

@@ -10,6 +10,7 @@ import pytest
 from pdbatch.formats import decode_output, encode_output, error_line, result_line, success_line
 from pdbatch.request import (
     CompletionOutput,
+    KVTransfer,
     PositionLogprobs,
     RequestError,
     RequestOutput,
@@ -48,6 +49,7 @@ def output(logprobs: list[PositionLogprobs] | None = None) -> RequestOutput:
         ],
         usage=Usage(prompt_tokens=10, completion_tokens=4, cached_tokens=8),
         times=StageTimes(prefill_s=0.25, decode_s=1.5),
+        transfer=KVTransfer(transport="shm", num_bytes=640),
         prefill_worker="p@h#1",
         decode_worker="d@h#1",
     )
@@ -85,6 +87,7 @@ def test_a_chat_completion() -> None:
         },
         "pdbatch": {
             "times": {"prefill_s": 0.25, "decode_s": 1.5},
+            "transfer": {"transport": "shm", "num_bytes": 640},
             "workers": {"prefill": "p@h#1", "decode": "d@h#1"},
         },
     }

@@ -10,6 +10,7 @@ from sqlalchemy import create_engine, text
 from pdbatch.ids import JobId, RequestIndex, WorkerId, request_key
 from pdbatch.request import (
     CompletionOutput,
+    KVTransfer,
     RequestError,
     RequestOutput,
     RequestSpec,
@@ -60,7 +61,8 @@ def output(job: JobId, index: int) -> RequestOutput:
         key=request_key(job, index),
         outputs=[CompletionOutput(index=0, text="!", token_ids=[1, 2], finish_reason="stop")],
         usage=Usage(prompt_tokens=5, completion_tokens=2, cached_tokens=1),
-        times=StageTimes(prefill_s=0.5, decode_s=0.25),
+        times=StageTimes(prefill_s=0.5, decode_s=0.25, engine_s=0.5),
+        transfer=KVTransfer(transport="shm", num_bytes=3_000_000_000),
     )
 
 

@@ -52,7 +52,8 @@ def test_counts_tokens_and_times_roll_up_from_shards(store: Store, database_url:
     assert view.counts == Counts(total=10, succeeded=8, rejected=2)
     assert view.counts.done == 10
     assert view.tokens == TokenCounts(prompt=40, cached=8, output=16)
-    assert (view.times.prefill_s, view.times.decode_s) == (4.0, 2.0)
+    assert (view.times.prefill_s, view.times.decode_s, view.times.engine_s) == (4.0, 2.0, 4.0)
+    assert view.transfer_bytes == 24_000_000_000, "more than 32 bits"
     assert view.started_at is not None and view.finished_at is not None
     assert view.created_at <= view.started_at <= view.finished_at
     audit(database_url)
