@@ -22,7 +22,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kvxfer.errors import KVUsageError
@@ -63,6 +63,7 @@ class Region:
         if num_blocks < 1 or block_bytes < 1:
             raise KVUsageError(f"a region of {num_blocks} blocks of {block_bytes} bytes")
         self.id = secrets.token_hex(8)
+        self.on_revoke: list[Callable[[], None]] = []
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
         size = data_offset(num_blocks) + data_bytes
         self.fd = os.memfd_create(f"kvxfer-{self.id}", os.MFD_CLOEXEC) if shared else -1
@@ -98,8 +99,11 @@ class Region:
         return bool(self._head[OPEN])
 
     def revoke(self) -> None:
-        """No transport gives these bytes out any more."""
+        """No transport gives these bytes out any more; each of `on_revoke` is called, once."""
         self._head[OPEN] = 0
+        hooks, self.on_revoke = self.on_revoke, []
+        for hook in hooks:
+            hook()
 
     def bump(self, block_ids: Iterable[int]) -> None:
         """These blocks are about to hold other content. Call before the first write."""
