@@ -6,7 +6,8 @@
         def make(self):
             return MyTransport(...)
 
-Run it with pytest; nothing else is needed. A suite prints the seed of its random tables.
+Run it with pytest; nothing else is needed. `harness` says what a transport of other memory or of
+other machines gives besides. A suite prints the seed of its random tables.
 """
 
 from __future__ import annotations

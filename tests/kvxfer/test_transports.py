@@ -27,9 +27,9 @@ from kvxfer import (
     TransferTimeout,
     Transport,
 )
-from kvxfer.testing import TransportSuite, peers
+from kvxfer.testing import TransportSuite
 from kvxfer.testing.checks import holdings, settles
-from kvxfer.testing.transports import LARGE, LAYOUTS, NUM_BLOCKS
+from kvxfer.testing.harness import LARGE, LAYOUTS, NUM_BLOCKS
 from kvxfer.transports import Fault
 
 
@@ -95,21 +95,21 @@ class TestShm(TransportSuite):
 
     def test_a_dead_peers_memory_goes_back_without_a_read(self) -> None:
         with (
-            peers.producing(self.peer_code(), LARGE) as (process, found),
+            self.producing(LARGE) as (process, found),
             self.reader(LARGE) as reader,
         ):
             before = holdings()
             reader.pull(found, [0, 1])
             assert holdings().mappings == before.mappings + 1
-            peers.kill(process)
+            process.kill()
             assert settles(lambda: holdings() <= before), (before, holdings())
 
     def test_a_stopped_peer_is_read_all_the_same(self) -> None:
         with (
-            peers.producing(self.peer_code(), LAYOUTS[0]) as (process, found),
+            self.producing() as (process, found),
             self.reader() as reader,
         ):
-            peers.stop(process)
+            process.stop()
             reader.pull(found, [0, 1], timeout_s=0.5)
             assert reader.region.block(1) == b"\x01" * LAYOUTS[0].block_bytes
 
@@ -168,12 +168,12 @@ class TestTcp(TransportSuite):
 
     def test_a_stopped_peer_is_a_timeout(self) -> None:
         with (
-            peers.producing(self.peer_code(), LAYOUTS[0]) as (process, found),
+            self.producing() as (process, found),
             self.reader() as fresh,
             self.reader() as known,
         ):
             known.pull(found, [0, 1])
-            peers.stop(process)
+            process.stop()
             for reader in (known, fresh):
                 start = time.monotonic()
                 with pytest.raises(TransferTimeout):
