@@ -4,7 +4,9 @@ KVTransferError
 ├── KVUsageError               you misused it: nothing was moved
 │   ├── LayoutMismatch         the two ends keep KV in different shapes
 │   ├── BadDescriptor          bytes that are no descriptor
-│   └── PoolExhausted          not enough blocks at the destination
+│   ├── PoolExhausted          not enough blocks at the destination
+│   ├── UnknownTransport       a name that no transport has; `remedy` says what to do
+│   └── UnusableTransport      one that was asked for and cannot be used here; likewise
 ├── ProofFailed                bytes came, but they are not proved to be the right ones
 │   ├── StaleEpoch             the producer's life that published them is over
 │   ├── StaleGeneration        a block was given to other content before the read ended
@@ -44,6 +46,22 @@ class BadDescriptor(KVUsageError):
 
 class PoolExhausted(KVUsageError):
     """Not enough blocks at the destination."""
+
+
+class UnknownTransport(KVUsageError):
+    """A name that no transport has. `remedy` is one sentence that says what to do."""
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class UnusableTransport(KVUsageError):
+    """A transport that was asked for cannot be used here. `remedy` as above."""
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 class ProofFailed(KVTransferError):
