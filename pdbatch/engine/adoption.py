@@ -3,9 +3,8 @@
 Life of an adoption:
 
     1. `add`: the descriptor is decoded and proved; what cannot be used is answered at once.
-    2. It waits for blocks, places and the transfers' room. Preempted sequences go first; an
-       adoption whose leading blocks another pull is just bringing waits for that one and then
-       shares them.
+    2. It waits for blocks and places. Preempted sequences go first; an adoption whose leading
+       blocks another pull is just bringing waits for that one and then shares them.
     3. `start`: leading full blocks that are here already are shared, the others taken, and a
        thread reads into them. [taken, result) they belong to the pull: an abort waits for it.
     4. `collect`: proved KV makes the request run; anything else gives the blocks back.
@@ -74,14 +73,11 @@ class Adoptions:
             if not self._has_place(pull):
                 break
             found = self._blocks.find_prompt(pull.lead)
-            blocks = self._blocks.blocks_for(pull.lead.num_prompt_tokens)
             missing = self._blocks.prompt_hashes(pull.lead)[len(found) :]
             again = pull.incoming.handoff_id in self._pulling  # a dropped read is not over yet
             if again or (missing and missing[0] in self._arriving):
                 kept.append(self._waiting.popleft())
                 continue
-            if not self._transfers.has_room(blocks - len(found)):
-                break
             if not self._blocks.take_after(
                 pull.lead, found, pull.lead.num_prompt_tokens, self._scheduler.reserve
             ):

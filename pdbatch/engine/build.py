@@ -14,17 +14,19 @@ from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.blocks import BlockPool
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.engine import Engine
-from pdbatch.engine.handoff import KVLayout, KVTransfers, Region
+from pdbatch.engine.handoff import DeviceRegion, KVLayout, KVTransfers, Region, make_region
 from pdbatch.engine.kvcache import KVShape, PagedKVCache
 from pdbatch.engine.loader import LoadedModel
 from pdbatch.engine.messages import EngineInfo
 from pdbatch.engine.ports import Transfers
 from pdbatch.engine.sampler import Sampler
-from pdbatch.engine.staging import StagedTransfers, staging_blocks
 from pdbatch.engine.stepper import ModelSide
 from pdbatch.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+RegionMaker = Callable[[EngineConfig, int, int, str], Region]
+"""(configuration, blocks, bytes of a block, device)"""
 
 _CPU_CACHE_BYTES = 1 << 30
 _LEFT_FREE = 0.05
@@ -39,13 +41,13 @@ def build_engine(
     *,
     ways: Sequence[Any] | None = None,
     keep_prompts: bool = False,
-    staged: bool | None = None,
+    region: RegionMaker = make_region,
 ) -> Engine:
     """Load (unless `loaded`), size, wire up and warm up.
 
     `ways` replaces the configured transports of the hand-off; `keep_prompts` puts prompt token ids
-    into results; `staged` forces the hand-off's way through a staging area (None: where the pool
-    is not host memory). Raises ModelError, ConfigError.
+    into results; `region` makes the memory of a pool that is handed over. Raises ModelError,
+    ConfigError.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -58,11 +60,7 @@ def build_engine(
     useful = 2 * max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = config.num_blocks or min(_num_blocks(config, loaded, shape), useful)
     layout = kv_layout(loaded, shape)
-    if staged is None:
-        staged = kind != "cpu"
-    cache, transfers, on_take = _memory(
-        config, loaded, shape, num_blocks, max_model_len, ways=ways, staged=staged
-    )
+    cache, transfers, on_take = _memory(config, loaded, shape, num_blocks, ways, region)
     pool = BlockPool(num_blocks, on_take)
     blocks = BlockManager(
         pool,
@@ -115,29 +113,19 @@ def _memory(
     loaded: LoadedModel,
     shape: KVShape,
     num_blocks: int,
-    max_model_len: int,
-    *,
     ways: Sequence[Any] | None,
-    staged: bool,
+    make: RegionMaker,
 ) -> tuple[PagedKVCache, Transfers | None, Callable[[Sequence[int]], None] | None]:
     """The cache, its hand-off, and who hears of blocks that get other content.
 
-    Where KV is handed over, the cache lies in a region that peers can read, or (`staged`) is
-    copied to and from one.
+    Where KV is handed over, the cache lies in a region that peers can read.
     """
     if config.role == "mixed":
         return PagedKVCache(shape, num_blocks, loaded.device), None, None
-    layout, count = kv_layout(loaded, shape), num_blocks
-    if staged:
-        count = staging_blocks(config, num_blocks, shape.block_bytes, max_model_len)
-    shared = config.role == "prefill"
-    region = Region(count, layout.block_bytes, epoch=config.epoch, shared=shared)
-    transfers = KVTransfers(region, layout, config, ways=ways)
-    if staged:
-        logger.info("KV is handed over through %d staging blocks", count)
-        cache = PagedKVCache(shape, num_blocks, loaded.device)
-        return cache, StagedTransfers(transfers, region, cache), None
-    cache = PagedKVCache(shape, num_blocks, loaded.device, region.buffer)
+    region = make(config, num_blocks, shape.block_bytes, str(loaded.device))
+    memory = region.tensor if isinstance(region, DeviceRegion) else region.buffer
+    cache = PagedKVCache(shape, num_blocks, loaded.device, memory)
+    transfers = KVTransfers(region, kv_layout(loaded, shape), config, ways=ways)
     return cache, transfers, region.bump
 
 

@@ -30,9 +30,6 @@ class EngineConfig:
     """Blocks in the pool; None: sized from `kv_cache_bytes` or from what is free."""
     kv_cache_bytes: int | None = None
     """Bytes of the pool; None: on a GPU what `gpu_memory_utilization` leaves, on the CPU 1 GiB."""
-    kv_staging_bytes: int | None = None
-    """Host memory through which KV of a GPU is handed over, on roles prefill and decode; at least
-    one sequence of `max_model_len`, at most the pool. None: 4 GiB, or an eighth of the host's."""
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that this process may use."""
     max_num_seqs: int | None = None
@@ -74,7 +71,7 @@ class EngineConfig:
             raise ConfigError("gpu_memory_utilization must be above 0 and at most 1")
         if not 0 < self.pinned_share <= 1:
             raise ConfigError("pinned_share must be above 0 and at most 1")
-        counts = ("num_blocks", "kv_cache_bytes", "kv_staging_bytes", "max_num_seqs")
+        counts = ("num_blocks", "kv_cache_bytes", "max_num_seqs")
         more = ("max_num_batched_tokens", "max_model_len", "preempt_every_steps", "threads")
         for name in counts + more:
             value = getattr(self, name)

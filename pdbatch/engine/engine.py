@@ -12,8 +12,8 @@ Life of a request in an engine:
 
     On a decode engine 1 to 3 are: Adopt, read (`adoption`), the first tokens replayed.
 
-`step` does one round: ended pulls, new pulls, one batch, offers of what leaves. The engine is one
-thread's; only the threads of a pull write blocks beside it, and only blocks that their pull owns.
+`step` does one round: ended pulls, new pulls, one batch. The engine is one thread's; only the
+threads of a pull write blocks beside it, and only blocks that their pull owns.
 """
 
 from __future__ import annotations
@@ -140,8 +140,6 @@ class Engine:
             self._dropped.append(request.key)
             return
         self._life.drop(request.key)
-        if self._outgoing is not None:
-            self._outgoing.drop_waiting(request.key)
         admitted = self._admission.admit(request, self._clock())
         if isinstance(admitted, ActiveRequest):
             self._life.open[admitted.key] = admitted
@@ -224,9 +222,7 @@ class Engine:
             self._life.advance(self._stepper.run(plan))
             self._out.steps += 1
             self._progress = True
-        if self._outgoing is not None:
-            self._out.prefilled += self._outgoing.offer_waiting()
-        if self._dropped is not None and self._empty:
+        if self._dropped is not None and not self._life.open and not self._pulls:
             self._out.other.append(Drained(dropped=self._dropped))
             self._dropped = None
         return self._out.take()
@@ -276,15 +272,6 @@ class Engine:
     def _pulls(self) -> int:
         return len(self._adoptions) if self._adoptions is not None else 0
 
-    @property
-    def _empty(self) -> bool:
-        """Whether nothing runs, waits, is being read or has yet to be offered."""
-        unoffered = self._outgoing.num_waiting if self._outgoing is not None else 0
-        return not (self._life.open or self._pulls or unoffered)
-
     def _may_start(self) -> bool:
-        """False while what is pinned exceeds its budget or finds no room: decode sets the pace."""
-        outgoing = self._outgoing
-        return outgoing is None or (
-            outgoing.num_waiting == 0 and outgoing.num_blocks <= self._most_pinned
-        )
+        """False while what is pinned exceeds its budget: decode sets the pace."""
+        return self._outgoing is None or self._outgoing.num_blocks <= self._most_pinned

@@ -16,6 +16,35 @@ What proves that the KV is the right one:
 Anything else ends as a `PullResult` with the error's name, and nothing of it is decoded. Pulls
 run on threads of their own (`pull_threads`), so decode steps go on meanwhile; with none they run
 where they are started. `fileno` becomes readable when one has ended.
+
+Who may touch the memory of a block when. On a device what was launched goes on after the call, so
+each touch also has a moment at which all before it must be over (`pdbatch.engine.fences`):
+
+    who                 touches                  begins when                 is over
+    steps               their sequences' blocks  launched, in stream order   in stream order
+    a peer's read       what is pinned           `pin` has waited for the    whenever it likes:
+                                                 engine's stream             late ones are found out
+    a pull, on streams  its target blocks        its thread has waited for   before its result,
+    of its own                                   the engine's stream         good or bad
+    the next owner      what it took             `take` has raised the       as its kind is
+                                                 generations
+
+    1. No peer sees half a prefill: the descriptor exists only after `pin`'s wait. The wait takes
+       no time: the request's first token is on the host by then, and the engine's stream copied
+       it there after everything that the prompt's steps wrote.
+    2. A read that overlaps a reuse is found out: generations rise in `take`, on the host, before
+       the first kernel that writes is launched; the reader asks for them after its last byte.
+    3. A pull overwrites nothing that is still used: a sequence that was aborted or preempted may
+       have work under way (a step without a token to sample is not waited for), so `start_pull`
+       marks the engine's stream, and the pull waits for the mark before its first byte.
+    4. Decode sees all that a pull wrote: a transport returns when its own stream is done, the
+       result comes to the engine's thread after that, and only then steps are launched.
+    5. Blocks of an aborted pull stay its own until its result, and no result comes before its
+       writes are over: a pull that failed waits until the whole device is idle.
+    6. `reset` raises the epoch and all generations: what peers read of the old life is void, and
+       what was under way here falls under 3 and 5.
+    7. What is read of a process that has died proves nothing. To notice its death (PeerLost) is
+       the transport's business; the request is prefilled again.
 """
 
 from __future__ import annotations
@@ -32,6 +61,7 @@ import msgspec
 
 from kvxfer import (
     Claim,
+    DeviceRegion,
     Ended,
     KVConsumer,
     KVDescriptor,
@@ -48,9 +78,9 @@ from kvxfer import (
     ShmTransport,
     TcpTransport,
     Transport,
-    runs,
     token_hash,
 )
+from pdbatch.engine import fences
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.messages import Adoption, Handoff
 from pdbatch.engine.payload import HandoffPayload, decode_payload, encode_payload, unpack_tokens
@@ -59,6 +89,7 @@ from pdbatch.errors import ConfigError
 
 __all__ = [
     "Claim",
+    "DeviceRegion",
     "Ended",
     "KVLayout",
     "KVTransfers",
@@ -67,9 +98,9 @@ __all__ = [
     "Region",
     "Registry",
     "RegistryUnavailable",
+    "make_region",
     "open_registry",
     "prompt_hash",
-    "runs",
     "transports",
 ]
 
@@ -99,6 +130,18 @@ def transports(config: EngineConfig) -> list[Transport]:
     return [makers[name]() for name in config.kv_transport]
 
 
+def make_region(
+    config: EngineConfig, num_blocks: int, block_bytes: int, device: str = "cpu"
+) -> Region:
+    """Memory for an engine's pool, on its device, that its transports reach."""
+    if device.startswith("cuda"):
+        from kvxfer.cuda import cuda_region
+
+        return cuda_region(num_blocks, block_bytes, device, epoch=config.epoch)
+    shared = config.role != "decode"
+    return Region(num_blocks, block_bytes, epoch=config.epoch, shared=shared)
+
+
 class KVTransfers:
     """See the module and `pdbatch.engine.ports.Transfers`. Owns the region given to it."""
 
@@ -109,10 +152,13 @@ class KVTransfers:
         config: EngineConfig,
         *,
         ways: Sequence[Transport] | None = None,
+        mark: fences.Mark | None = None,
         pull_threads: int = 2,
     ) -> None:
-        """`ways` replaces the configured transports (tests bring faults that way)."""
+        """`ways` replaces the configured transports (tests bring faults that way), `mark` the
+        marks of the engine's stream."""
         self._region = region
+        self._mark = mark or fences.marker(region.device)
         self._layout = layout
         self._timeout_s = config.kv_read_timeout_s
         self._ways = list(ways) if ways is not None else transports(config)
@@ -146,6 +192,7 @@ class KVTransfers:
     ) -> Handoff:
         """Offer these blocks' KV to peers until `unpin`."""
         assert self._producer is not None, "a decode engine pins nothing"
+        self._mark()()
         described = self._producer.pin(handoff_id, blocks, prompt, encode_payload(payload))
         return Handoff(payload.key, handoff_id, described.to_json(), described.num_bytes)
 
@@ -182,11 +229,11 @@ class KVTransfers:
 
     def start_pull(self, incoming: Incoming, blocks: Sequence[int], skip: int) -> None:
         """Begin to read the KV into `blocks`; the first `skip` of them have it already."""
-        target = tuple(blocks[skip:])
+        target, settled = tuple(blocks[skip:]), self._mark()
         if self._threads is None:
-            self._ended.append(self._pull(incoming, target, skip))
+            self._ended.append(self._pull(incoming, target, skip, settled))
             return
-        self._threads.submit(self._pull_aside, incoming, target, skip)
+        self._threads.submit(self._pull_aside, incoming, target, skip, settled)
 
     def finished_pulls(self) -> list[PullResult]:
         """Pulls that ended since the last call; never waits. `fileno` is unreadable afterwards."""
@@ -203,10 +250,6 @@ class KVTransfers:
         return self._wake_fd
 
     # --- both
-
-    def has_room(self, num_blocks: int) -> bool:
-        """Always: the blocks themselves are read and written."""
-        return True
 
     def reset(self, epoch: int) -> None:
         """Go on under a new epoch; what was offered is void, what peers read now fails."""
@@ -228,14 +271,19 @@ class KVTransfers:
             os.close(self._wake_fd)
             self._wake_fd = -1
 
-    def _pull_aside(self, incoming: Incoming, target: tuple[int, ...], skip: int) -> None:
-        self._ended.append(self._pull(incoming, target, skip))
+    def _pull_aside(
+        self, incoming: Incoming, target: tuple[int, ...], skip: int, settled: fences.Wait
+    ) -> None:
+        self._ended.append(self._pull(incoming, target, skip, settled))
         os.eventfd_write(self._wake_fd, 1)
 
-    def _pull(self, incoming: Incoming, target: tuple[int, ...], skip: int) -> PullResult:
+    def _pull(
+        self, incoming: Incoming, target: tuple[int, ...], skip: int, settled: fences.Wait
+    ) -> PullResult:
         """One read, proved; every failure becomes a result."""
         assert self._consumer is not None, "a prefill engine pulls nothing"
         try:
+            settled()
             stats = self._consumer.pull(
                 incoming.descriptor, target, skip_blocks=skip, timeout_s=self._timeout_s
             )
@@ -243,8 +291,16 @@ class KVTransfers:
         except Exception as error:
             if not isinstance(error, KVTransferError):
                 logger.exception("the pull of %s failed", incoming.handoff_id)
+            self._still()
             return PullResult(incoming.handoff_id, code=type(error).__name__, message=str(error))
         return PullResult(incoming.handoff_id, stats.num_bytes, stats.seconds, stats.transport)
+
+    def _still(self) -> None:
+        """Whatever a read that failed left under way is over."""
+        try:
+            fences.idle(self._region.device)
+        except Exception:  # the device is lost: the engine's next step says so and ends it
+            logger.exception("the device does not come to rest")
 
 
 def prompt_hash(token_ids: Sequence[int]) -> bytes:

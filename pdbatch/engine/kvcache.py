@@ -38,7 +38,7 @@ class PagedKVCache:
     """The pool and its views.
 
     `buffer`, where given, is writable, at least `num_blocks * shape.block_bytes` long, and
-    outlives the cache; it must be host memory, so `device` must be the CPU then.
+    outlives the cache: host memory (a memoryview), or a flat tensor of bytes on `device`.
     Raises ValueError if the buffer is too small or on another device.
     """
 
@@ -51,7 +51,7 @@ class PagedKVCache:
         shape: KVShape,
         num_blocks: int,
         device: str | torch.device = "cpu",
-        buffer: memoryview | None = None,
+        buffer: memoryview | torch.Tensor | None = None,
     ) -> None:
         self.shape = shape
         self.num_blocks = num_blocks
@@ -94,11 +94,14 @@ class PagedKVCache:
 
 
 def _over(
-    buffer: memoryview, shape: KVShape, num_blocks: int, device: torch.device
+    buffer: memoryview | torch.Tensor, shape: KVShape, num_blocks: int, device: torch.device
 ) -> torch.Tensor:
-    if device.type != "cpu":
-        raise ValueError(f"a host buffer cannot hold a cache on {device}")
+    where = torch.device("cpu") if isinstance(buffer, memoryview) else buffer.device
+    if where != device:
+        raise ValueError(f"a buffer on {where} cannot hold a cache on {device}")
     need = num_blocks * shape.block_bytes
     if buffer.nbytes < need:
         raise ValueError(f"the buffer has {buffer.nbytes} bytes, {num_blocks} blocks need {need}")
+    if isinstance(buffer, torch.Tensor):
+        return buffer[:need].view(shape.dtype)
     return torch.frombuffer(buffer, dtype=shape.dtype, count=need // shape.dtype.itemsize)

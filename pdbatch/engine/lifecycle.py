@@ -196,7 +196,7 @@ class Lifecycle:
         table = self._blocks.detach(request.sequences[0])
         self._remove_sequences(request)
         del self.open[request.key]
-        outgoing.pin(request, table, tokens)
+        self._out.prefilled.append(outgoing.pin(request, table, tokens))
 
     def _remove_sequences(self, request: ActiveRequest) -> None:
         """Take a request's sequences out of the scheduler and give their blocks back."""

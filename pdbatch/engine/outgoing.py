@@ -2,15 +2,14 @@
 
 [pin, unpin) the block tables belong to `Outgoing`; their content stays as it is for peers to read.
 After that the blocks are free, and a peer that still reads finds other generations once they
-have been taken for something else. A hand-off for which `Transfers` has no room waits in
-line, pinned but not offered, until `offer_waiting` finds room.
+have been taken for something else.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 
 from pdbatch.engine.blocks import BlockId, BlockPool
@@ -27,8 +26,6 @@ class Pin:
 
     key: str
     table: list[BlockId]
-    prompt: list[int]
-    payload: HandoffPayload
 
 
 class Outgoing:
@@ -40,8 +37,6 @@ class Outgoing:
         self._worker = worker
         self._pins: dict[str, Pin] = {}
         self._of_key: dict[str, set[str]] = {}
-        self._waiting: deque[str] = deque()
-        """Hand-offs that are not offered yet, first come first."""
         self._references: Counter[BlockId] = Counter()
         self._life = secrets.token_hex(4)
         """Keeps hand-off ids of two lives of one worker apart."""
@@ -56,19 +51,17 @@ class Outgoing:
         return len(self._references)
 
     @property
-    def num_waiting(self) -> int:
-        """Hand-offs that wait for room."""
-        return len(self._waiting)
-
-    @property
     def tables(self) -> list[list[BlockId]]:
         """Pinned block tables."""
         return [pin.table for pin in self._pins.values()]
 
-    def pin(self, request: ActiveRequest, table: list[BlockId], tokens: list[SampledToken]) -> None:
-        """Take over the prompt's blocks, with the first token of each output; not yet offered."""
+    def pin(
+        self, request: ActiveRequest, table: list[BlockId], tokens: list[SampledToken]
+    ) -> Handoff:
+        """Take over the prompt's blocks and offer them, with the first token of each output."""
         self._count += 1
         handoff_id = f"{request.key}/{self._life}{self._count:x}"
+        self._pins[handoff_id] = Pin(request.key, table)
         self._of_key.setdefault(request.key, set()).add(handoff_id)
         self._references.update(table)
         payload = HandoffPayload(
@@ -83,34 +76,14 @@ class Outgoing:
             prefill_worker=self._worker,
             pinned_at=time.time(),
         )
-        self._pins[handoff_id] = Pin(request.key, table, request.prompt_token_ids, payload)
-        self._waiting.append(handoff_id)
-
-    def offer_waiting(self) -> list[Handoff]:
-        """Offer what there is room for, in order."""
-        offered = []
-        while self._waiting:
-            pin = self._pins[self._waiting[0]]
-            if not self._transfers.has_room(len(pin.table)):
-                break
-            handoff_id = self._waiting.popleft()
-            offered.append(self._transfers.pin(handoff_id, pin.table, pin.prompt, pin.payload))
-        return offered
-
-    def drop_waiting(self, key: str) -> None:
-        """Forget the hand-offs of a request that nobody was told of."""
-        for handoff_id in [waiting for waiting in self._waiting if self._pins[waiting].key == key]:
-            self.unpin(handoff_id)
+        return self._transfers.pin(handoff_id, table, request.prompt_token_ids, payload)
 
     def unpin(self, handoff_id: str) -> None:
         """Stop offering and give the blocks back; unknown hand-offs are ignored."""
         pin = self._pins.pop(handoff_id, None)
         if pin is None:
             return
-        if handoff_id in self._waiting:
-            self._waiting.remove(handoff_id)
-        else:
-            self._transfers.unpin(handoff_id)
+        self._transfers.unpin(handoff_id)
         others = self._of_key[pin.key]
         others.discard(handoff_id)
         if not others:

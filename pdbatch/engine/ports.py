@@ -110,7 +110,6 @@ class Transfers(Protocol):
 
     Who owns blocks: [pin, unpin) the producer; [start_pull, its PullResult) the pull, whose
     threads write them. Neither is ever given back to the pool within its interval.
-    Before either, `has_room` is asked.
     """
 
     def pin(
@@ -133,10 +132,6 @@ class Transfers(Protocol):
 
     def finished_pulls(self) -> list[PullResult]:
         """Pulls that ended since the last call; never waits."""
-        ...
-
-    def has_room(self, num_blocks: int, /) -> bool:
-        """Whether so many blocks can be pinned or pulled now; later they can in any case."""
         ...
 
     def reset(self, epoch: int, /) -> None:

@@ -191,9 +191,6 @@ class FakeTransfers:
         ended, self.ended = self.ended, []
         return ended
 
-    def has_room(self, num_blocks: int) -> bool:
-        return True
-
     def reset(self, epoch: int) -> None:
         self.epoch = epoch
 
