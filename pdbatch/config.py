@@ -24,6 +24,8 @@ from pdbatch.settings_text import read_value, write_value
 
 PREFIX = "PDBATCH_"
 FILE_NAME = "pdbatch.toml"
+TRANSPORTS = ("cuda_ipc", "shm", "rdma", "tcp")
+"""What `kv_transport` may name; `auto` tries all, in this order."""
 OTHER_VARIABLES = frozenset({"PDBATCH_DEBUG"})
 """Variables of ours that are no settings."""
 
@@ -89,8 +91,8 @@ class Settings:
     """Prefilled blocks wait so long for a decode worker before their lease must be renewed."""
     claim_lease_s: float = 10.0
     """A decode worker's claim on a hand-off ends after so long without renewal."""
-    kv_transport: tuple[str, ...] = ("shm", "tcp")
-    """Ways for KV to move, best first, with commas between them; `auto`: all that are here."""
+    kv_transport: tuple[str, ...] = ("auto",)
+    """`auto`, or ways for KV to move, best first: some of `cuda_ipc,shm,rdma,tcp`."""
     max_attempts: int = 10
     """A request that was lost so often with its worker ends in an error row."""
     result_group_size: int = 512
@@ -239,10 +241,24 @@ def _check(settings: Settings) -> None:
             raise ConfigError(f"{low} must not be above {high}")
     if settings.block_size & (settings.block_size - 1):
         raise ConfigError(f"block_size must be a power of two, not {settings.block_size}")
-    if not settings.kv_transport:
-        raise ConfigError("kv_transport must name at least one transport, or `auto`")
+    _check_transports(settings.kv_transport)
     if settings.flower_port > 65535:
         raise ConfigError(f"flower_port must be a port, not {settings.flower_port}")
+
+
+def _check_transports(names: tuple[str, ...]) -> None:
+    if names == ("auto",):
+        return
+    for name in names:
+        if name not in TRANSPORTS:
+            near = difflib.get_close_matches(name, TRANSPORTS, n=1)
+            known = f"`auto`, or a list of {', '.join(TRANSPORTS)}"
+            raise ConfigError(
+                f"kv_transport names {name!r}",
+                remedy=f"Did you mean {near[0]}?" if near else f"It takes {known}.",
+            )
+    if not names:
+        raise ConfigError("kv_transport must name at least one transport, or `auto`")
 
 
 def _kept_secret(path: Path) -> str:

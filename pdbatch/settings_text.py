@@ -8,7 +8,6 @@ from typing import Final
 
 from pdbatch.errors import ConfigError
 
-AUTO_TRANSPORTS: Final = ("shm", "tcp")
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS: Final = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
@@ -101,8 +100,7 @@ def _read_names(value: object) -> tuple[str, ...]:
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError("names with commas between them")
-    found = tuple(name.strip() for name in names if name.strip())
-    return AUTO_TRANSPORTS if found == ("auto",) else found
+    return tuple(name.strip() for name in names if name.strip())
 
 
 _CHOICES: Final = {

@@ -24,7 +24,10 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     },
     "device": {"metavar": "D", "help": "auto, cpu, cuda:0, … (run: several, with commas)."},
     "dtype": {"metavar": "T", "help": "auto, float32, bfloat16, float16."},
-    "kv_transport": {"metavar": "NAMES", "help": "Ways for KV to move, best first: shm,tcp."},
+    "kv_transport": {
+        "metavar": "NAMES",
+        "help": "How KV moves: auto, or best first some of cuda_ipc,shm,rdma,tcp.",
+    },
     "shard_size": {"metavar": "N", "help": "Requests in one message (64)."},
 }
 

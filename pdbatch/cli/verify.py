@@ -27,6 +27,7 @@ def verify(prompts: int, max_tokens: int, seed: int, as_json: bool, settings: Se
     """
     from pdbatch.cli.jsonout import print_json
     from pdbatch.engine.verify import run
+    from pdbatch.engine.ways import resolve
     from pdbatch.errors import EngineError
 
     report = run(
@@ -34,7 +35,7 @@ def verify(prompts: int, max_tokens: int, seed: int, as_json: bool, settings: Se
         home=str(settings.home),
         num_prompts=prompts,
         max_tokens=max_tokens,
-        transports=settings.kv_transport,
+        transports=tuple(resolve(settings.kv_transport)),
         threads=settings.worker_threads,
         seed=seed,
         progress=lambda line: click.echo(line, err=True),
