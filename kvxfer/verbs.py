@@ -6,7 +6,10 @@ PyPI builds against an rdma-core of its own version (59 or newer) alone.
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -35,11 +38,24 @@ class Trouble(NamedTuple):
 def pyverbs_trouble() -> Trouble | None:
     """None where pyverbs can be used. Imports it."""
     try:
-        import pyverbs.device
-        import pyverbs.qp  # noqa: F401
+        with logging_kept():
+            import pyverbs.device
+            import pyverbs.qp  # noqa: F401
     except Exception as error:  # a build against other libraries fails in its own ways
         return Trouble(f"pyverbs cannot be imported: {error}", remedy())
     return None
+
+
+@contextmanager
+def logging_kept() -> Iterator[None]:
+    """pyverbs sets up the root logger when it is imported; whose it is keeps it as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def remedy(root: Path = Path("/"), prefix: str = sys.prefix) -> str:
