@@ -1,0 +1,1 @@
+"""Kernels; Triton is imported when one is first run."""
