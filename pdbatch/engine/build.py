@@ -18,7 +18,6 @@ from pdbatch.engine.handoff import DeviceRegion, KVLayout, KVTransfers, Region, 
 from pdbatch.engine.kvcache import KVShape, PagedKVCache
 from pdbatch.engine.loader import LoadedModel
 from pdbatch.engine.messages import EngineInfo
-from pdbatch.engine.ports import Transfers
 from pdbatch.engine.sampler import Sampler
 from pdbatch.engine.stepper import ModelSide
 from pdbatch.errors import ConfigError
@@ -83,7 +82,7 @@ def build_engine(
         ),
         blocks,
         transfers,
-        info=_info(config, loaded, layout, num_blocks, max_model_len),
+        info=_info(config, loaded, layout, num_blocks, max_model_len, transfers),
         role=config.role,
         worker=config.worker,
         max_num_seqs=max_num_seqs,
@@ -115,7 +114,7 @@ def _memory(
     num_blocks: int,
     ways: Sequence[Any] | None,
     make: RegionMaker,
-) -> tuple[PagedKVCache, Transfers | None, Callable[[Sequence[int]], None] | None]:
+) -> tuple[PagedKVCache, KVTransfers | None, Callable[[Sequence[int]], None] | None]:
     """The cache, its hand-off, and who hears of blocks that get other content.
 
     Where KV is handed over, the cache lies in a region that peers can read.
@@ -153,6 +152,7 @@ def _info(
     layout: KVLayout,
     num_blocks: int,
     max_model_len: int,
+    transfers: KVTransfers | None,
 ) -> EngineInfo:
     return EngineInfo(
         model=loaded.name,
@@ -164,9 +164,19 @@ def _info(
         num_blocks=num_blocks,
         block_bytes=layout.block_bytes,
         layout=layout.fingerprint,
-        transports=list(config.kv_transport) if config.role != "mixed" else [],
+        transports=transfers.transports if transfers is not None else [],
         pid=os.getpid(),
+        gpu=_gpu(loaded.device),
+        listen_host=config.listen_host,
     )
+
+
+def _gpu(device: torch.device) -> str:
+    """The UUID of a GPU, as nvidia-smi writes it; "" for the CPU."""
+    if device.type != "cuda":
+        return ""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", "")
+    return f"GPU-{uuid}" if uuid else ""
 
 
 def _name(dtype: torch.dtype) -> str:

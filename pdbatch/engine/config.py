@@ -47,8 +47,8 @@ class EngineConfig:
     threads: int | None = None
     """torch's threads on the CPU; None: torch's default."""
     stats_interval_s: float = 0.5
-    kv_transport: tuple[str, ...] = ("shm", "tcp")
-    """Transports to offer and to use, best first."""
+    kv_transport: tuple[str, ...] = ("auto",)
+    """Transports to offer and to use, best first; `auto`: all that can be used."""
     kv_read_timeout_s: float = 20.0
     """A pull that takes longer fails, and its request is prefilled again."""
     listen_host: str = "127.0.0.1"

@@ -53,7 +53,7 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -69,14 +69,11 @@ from kvxfer import (
     KVProducer,
     KVTransferError,
     MemoryRegistry,
-    MemTransport,
     Publication,
     RedisRegistry,
     Region,
     Registry,
     RegistryUnavailable,
-    ShmTransport,
-    TcpTransport,
     Transport,
     token_hash,
 )
@@ -85,7 +82,7 @@ from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.messages import Adoption, Handoff
 from pdbatch.engine.payload import HandoffPayload, decode_payload, encode_payload, unpack_tokens
 from pdbatch.engine.ports import Incoming, PullRefused, PullResult
-from pdbatch.errors import ConfigError
+from pdbatch.engine.ways import transports
 
 __all__ = [
     "Claim",
@@ -113,21 +110,6 @@ def open_registry(client: Any, model: str, layout: str) -> Registry:
     `client` is a `redis.Redis` that gives bytes. Touches nothing until it is used.
     """
     return RedisRegistry(client, f"pdbatch:kv:{model}:{layout}")
-
-
-def transports(config: EngineConfig) -> list[Transport]:
-    """The ways that the configuration names, best first. Raises ConfigError for an unknown one."""
-    makers: dict[str, Callable[[], Transport]] = {
-        "mem": MemTransport,
-        "shm": lambda: ShmTransport(config.host),
-        "tcp": lambda: TcpTransport(config.secret, listen_host=config.listen_host),
-    }
-    unknown = [name for name in config.kv_transport if name not in makers]
-    if unknown or not config.kv_transport:
-        raise ConfigError(
-            f"kv_transport names {unknown or 'nothing'}", remedy=f"use some of {list(makers)}"
-        )
-    return [makers[name]() for name in config.kv_transport]
 
 
 def make_region(
@@ -161,7 +143,7 @@ class KVTransfers:
         self._mark = mark or fences.marker(region.device)
         self._layout = layout
         self._timeout_s = config.kv_read_timeout_s
-        self._ways = list(ways) if ways is not None else transports(config)
+        self._ways = list(ways) if ways is not None else transports(config, region.device)
         self._producer: KVProducer | None = None
         self._consumer: KVConsumer | None = None
         if config.role != "decode":
@@ -180,6 +162,11 @@ class KVTransfers:
             self._threads = ThreadPoolExecutor(pull_threads, thread_name_prefix="pdbatch-pull")
         self._ended: deque[PullResult] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    @property
+    def transports(self) -> list[str]:
+        """The names of the ways that are open, best first."""
+        return [way.name for way in self._ways]
 
     # --- producer's end
 

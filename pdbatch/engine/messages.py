@@ -97,7 +97,12 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     layout: str
     """Fingerprint of the KV layout; only equal ones can hand over."""
     transports: list[str]
+    """Ways for KV that are open, best first."""
     pid: int
+    gpu: str = ""
+    """The UUID of its GPU: `cuda:0` is another one in each process."""
+    listen_host: str = ""
+    """Where peers of other machines would reach it."""
 
 
 class Ready(msgspec.Struct, tag=True):

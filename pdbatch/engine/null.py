@@ -91,8 +91,9 @@ class NullEngine:
             num_blocks=num_blocks,
             block_bytes=layout.block_bytes,
             layout=layout.fingerprint,
-            transports=list(config.kv_transport) if config.role != "mixed" else [],
+            transports=self._transfers.transports if self._transfers else [],
             pid=os.getpid(),
+            listen_host=config.listen_host,
         )
 
     # --- commands

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pdbatch.config import Settings
 from pdbatch.engine.config import EngineConfig
 
@@ -12,7 +10,7 @@ MOST_SEQS_GPU, MOST_SEQS_CPU = 256, 64
 
 def engine_config(settings: Settings, *, worker: str, host: str) -> EngineConfig:
     """The engine of this worker. Raises ConfigError."""
-    config = EngineConfig(
+    return EngineConfig(
         model=settings.model,
         home=str(settings.home),
         role=settings.role,
@@ -33,10 +31,8 @@ def engine_config(settings: Settings, *, worker: str, host: str) -> EngineConfig
         worker=worker,
         host=host,
         engine=settings.engine,
+        kv_transport=settings.kv_transport,
     )
-    if settings.kv_transport != ("auto",):
-        config = replace(config, kv_transport=settings.kv_transport)
-    return config
 
 
 def max_seqs(settings: Settings, device: str) -> int:
