@@ -256,6 +256,8 @@ def main() -> None:
     slowest = report["slowest_back_to_work_s"]
     good = not (report["lost"] or report["unequal"] or report["held_blocks"] or report["errors"])
     print(json.dumps(report, indent=2))
+    if int(str(report["num_events"])) < args.events:
+        sys.exit(f"the job ended before {args.events} events: take a shorter --pause or more work")
     sys.exit(0 if good and float(str(slowest)) < BACK_TO_WORK_S else 1)
 
 
