@@ -116,7 +116,6 @@ def make_model(args: argparse.Namespace) -> None:
         num_attention_heads=args.heads,
         num_key_value_heads=args.kv_heads,
         max_position_embeddings=2 * args.longest,
-        rope_theta=500000.0,
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
@@ -239,7 +238,9 @@ def compare(
     two: dict[int, RequestOutput], one: dict[int, RequestOutput], tie: float
 ) -> dict[str, Any]:
     """How many outputs are equal, how many part at a tie, and those that simply differ."""
-    equal, ties, wrong = 0, [], []
+    equal = 0
+    ties: list[dict[str, Any]] = []
+    wrong: list[dict[str, Any]] = []
     for index in sorted(two.keys() & one.keys()):
         a, b = (outputs[index].outputs[0] for outputs in (two, one))
         pairs = zip(a.token_ids, b.token_ids, strict=True)
