@@ -3,7 +3,8 @@
 A peer is known by process id and start time, and followed by a pidfd, which an id given to
 another process later does not confuse. One thread waits on the pidfds while there are mappings, so
 that the memory of a killed peer goes back without anybody asking for it. It knows the processes
-alone: a mapping goes at once when it is forgotten and the reads that use it are done.
+alone: a mapping goes at once when it is forgotten and the reads that use it are done. Where it is
+told to, it also looks every second for regions that were revoked.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import select
 import threading
 import weakref
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,13 +23,17 @@ from kvxfer.errors import BadDescriptor, PeerLost
 from kvxfer.region import EPOCH, HEADER, MAGIC, OPEN, PAGE_BYTES, data_offset
 from kvxfer.transports.base import Address, number, text
 
-_POLL_MS = 1000  # where the kernel has no pidfd
+_POLL_MS = 1000  # where the kernel has no pidfd, or revoked regions are looked for
 
 
 class Mappings:
-    """By region's id. Safe to share among threads."""
+    """By region's id. Safe to share among threads.
 
-    def __init__(self) -> None:
+    `looks`: what was revoked goes within a second, though nobody reads it.
+    """
+
+    def __init__(self, *, looks: bool = False) -> None:
+        self._looks = looks
         self._maps: dict[str, Mapped] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -35,13 +41,17 @@ class Mappings:
 
     def get(self, address: Address) -> Mapped:
         """Raises PeerLost where the process or its region is gone, BadDescriptor for nonsense."""
-        region = text(address, "region")
-        found = self._maps.get(region)
-        if found is not None:
-            return found
-        mapped = Mapped(address)
+        found = self.find(text(address, "region"))
+        return found or self.keep(Mapped(address))
+
+    def find(self, key: str) -> Mapped | None:
+        """The one that is kept under this key."""
+        return self._maps.get(key)
+
+    def keep(self, mapped: Mapped) -> Mapped:
+        """Watch this one; returns the one that was there before, if any."""
         with self._lock:
-            found = self._maps.setdefault(region, mapped)
+            found = self._maps.setdefault(mapped.key, mapped)
             if found is mapped:
                 self._wake()
         return found
@@ -49,8 +59,8 @@ class Mappings:
     def forget(self, mapped: Mapped) -> None:
         """Nobody gets this one any more."""
         with self._lock:
-            if self._maps.get(mapped.region) is mapped:
-                del self._maps[mapped.region]
+            if self._maps.get(mapped.key) is mapped:
+                del self._maps[mapped.key]
                 self._wake()
 
     def clear(self) -> None:
@@ -84,8 +94,11 @@ class Mappings:
                 os.eventfd_read(self._wake_fd)
             gone = {process for process in watched if process.is_gone()}
             with self._lock:
-                dead = [name for name, mapped in self._maps.items() if mapped.process in gone]
-                self._maps = {n: mapped for n, mapped in self._maps.items() if n not in dead}
+                self._maps = {
+                    key: mapped
+                    for key, mapped in self._maps.items()
+                    if mapped.process not in gone and (mapped.open or not self._looks)
+                }
 
     def _wait(self, watched: set[_Process]) -> bool:
         """Until one of them ends, or `_wake`: then true."""
@@ -94,15 +107,18 @@ class Mappings:
         for process in watched:
             if process.pidfd >= 0:
                 poll.register(process.pidfd, select.POLLIN)
-        blind = any(process.pidfd < 0 for process in watched)
+        blind = self._looks or any(process.pidfd < 0 for process in watched)
         return any(fd == self._wake_fd for fd, _ in poll.poll(_POLL_MS if blind else None))
 
 
 class Mapped:
     """One region of a peer. Unmapped when the last reference goes; views alone do not keep it."""
 
+    has_blocks = True
+    """Whether the blocks are there too, after the header and the generations."""
+
     def __init__(self, address: Address) -> None:
-        self.region = text(address, "region")
+        self.region = self.key = text(address, "region")
         pid, fd_number = number(address, "pid"), number(address, "fd")
         self.process = _Process(pid, text(address, "start"))
         where, size = _map(f"/proc/{pid}/fd/{fd_number}")
@@ -117,7 +133,8 @@ class Mapped:
         magic, _, self.num_blocks, self.block_bytes, _, id_ = HEADER.unpack_from(view)
         if magic != MAGIC or f"{id_:016x}" != self.region:
             raise PeerLost(f"{name} is no longer the region {self.region}")
-        if size < data_offset(self.num_blocks) + self.num_blocks * self.block_bytes:
+        num_bytes = self.num_blocks * self.block_bytes if self.has_blocks else 0
+        if size < data_offset(self.num_blocks) + num_bytes:
             raise BadDescriptor(f"{name} is too short for its blocks")
         self._head = view[: HEADER.size].cast("Q")
         self.generations = view[PAGE_BYTES : PAGE_BYTES + 8 * self.num_blocks].cast("Q")
