@@ -116,7 +116,9 @@ def test_every_fault_ends_in_a_new_prefill_and_the_same_tokens(model, monkeypatc
         model, requests
     )
     assert len(pair.codes) >= 9, "a reused block may be in several prompts"
-    assert rests == ["cpu"] * len(pair.codes), "after each failed pull, and only then, the device rests"
+    assert rests == ["cpu"] * len(pair.codes), (
+        "after each failed pull, and only then, the device rests"
+    )
     pair.close()
 
 
