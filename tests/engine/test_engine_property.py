@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 
@@ -250,6 +251,8 @@ def test_a_crowd_under_pressure(seed: int) -> None:
     """Hundreds of requests through a pool far too small for them."""
     rng = random.Random(seed)
     fake = make_engine("mixed", num_blocks=24, max_num_seqs=12, max_num_batched_tokens=48)
+    ticks = itertools.count()
+    fake.engine._stepper._clock = lambda: float(next(ticks))  # a step takes a second
     specs = {}
     for index in range(150):
         prompt = [rng.randrange(3)] * rng.randrange(1, 30) + [rng.randrange(49)] * rng.randrange(9)
@@ -273,3 +276,5 @@ def test_a_crowd_under_pressure(seed: int) -> None:
             assert completion.token_ids == wanted, f"seed {seed}, {key}"
     stats = fake.engine.stats()
     assert stats.used_blocks == 0 and stats.preemptions > 0 and stats.cached_tokens > 0
+    shares = sum(output.times.engine_s for output in outputs.values())
+    assert shares == pytest.approx(stats.steps), "all time is somebody's"
