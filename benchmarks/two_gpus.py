@@ -70,7 +70,8 @@ def main() -> None:
         "one": ["--prefill", "1", "--decode", "0", "--device", first],
     }.items():
         try:
-            report[name], outputs[name] = run(args, home / name, folder, prompts, options)
+            place = home / f"{name}-{args.dtype}"
+            report[name], outputs[name] = run(args, place, folder, prompts, options)
         except Exception as error:  # the other part's figures are still worth printing
             report[name] = {"error": f"{type(error).__name__}: {error}"}
     if len(outputs) == 2:
