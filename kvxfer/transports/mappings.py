@@ -15,7 +15,6 @@ import os
 import select
 import threading
 import weakref
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
