@@ -82,7 +82,7 @@ from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.messages import Adoption, Handoff
 from pdbatch.engine.payload import HandoffPayload, decode_payload, encode_payload, unpack_tokens
 from pdbatch.engine.ports import Incoming, PullRefused, PullResult
-from pdbatch.engine.ways import transports
+from pdbatch.engine.ways import rehearsed, transports
 
 __all__ = [
     "Claim",
@@ -156,6 +156,8 @@ class KVTransfers:
                 epoch=config.epoch,
             )
         if config.role != "prefill":
+            if ways is None:
+                self._ways = rehearsed(self._ways, config, region)
             self._consumer = KVConsumer(region, self._ways, layout=layout)
         self._threads: ThreadPoolExecutor | None = None
         if pull_threads and self._consumer is not None:

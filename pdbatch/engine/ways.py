@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from kvxfer import Transport
+from kvxfer import Region, Transport, whole_blocks
 from kvxfer.choice import available, open_transport, select
 from kvxfer.errors import KVTransferError, UnknownTransport, UnusableTransport
 from pdbatch.engine.config import EngineConfig
 from pdbatch.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+_REHEARSAL_S = 60.0
 
 
 def resolve(names: Sequence[str], device: str = "cpu") -> list[str]:
@@ -56,3 +58,39 @@ def transports(config: EngineConfig, device: str = "cpu") -> list[Transport]:
             opened.append(made)
     logger.info("KV moves by %s", ", ".join(way.name for way in opened))
     return opened
+
+
+def rehearsed(ways: list[Transport], config: EngineConfig, region: Region) -> list[Transport]:
+    """The ways, after those that compile a kernel have read a block of this pool as if it were a
+    peer's: the first pull then takes no longer than the next. One that fails is left out with a
+    warning where others remain.
+
+    Call before any block is used: block 1 is overwritten.
+    """
+    if region.num_blocks < 2 or not region.device.startswith("cuda"):
+        return ways
+    kept = []
+    for way in ways:
+        problem = _rehearse(config, region) if way.name == "cuda_ipc" else None
+        if problem is not None:
+            logger.warning("KV cannot be read by %s: %s", way.name, problem, exc_info=problem)
+        if problem is None or len(ways) == 1:
+            kept.append(way)
+        else:
+            way.close()
+    return kept
+
+
+def _rehearse(config: EngineConfig, region: Region) -> Exception | None:
+    """Over a transport of its own, so that the pool is not served afterwards."""
+    own = open_transport(
+        "cuda_ipc", host=config.host, secret=config.secret, listen_host=config.listen_host
+    )
+    try:
+        plan = whole_blocks((0,), (1,), region.block_bytes)
+        own.read(own.serve(region), plan, region, _REHEARSAL_S)
+    except Exception as error:  # a compiler that is missing is no error of kvxfer's
+        return error
+    finally:
+        own.close()
+    return None

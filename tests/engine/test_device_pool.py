@@ -17,7 +17,7 @@ from test_handoff import Pair, alone, make_requests, token_ids
 
 from kvxfer import DeviceRegion, MemTransport
 from kvxfer.transports import Fault
-from pdbatch.engine import build, fences
+from pdbatch.engine import build, fences, ways
 from pdbatch.engine.build import build_engine
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.engine import Engine
@@ -248,6 +248,42 @@ def test_an_aborted_pull_keeps_its_blocks_until_it_is_over(model, monkeypatch) -
     assert decode.stats().used_blocks == 0
     prefill.handle(Unpin([handoffs[0].handoff_id]))
     pair.close()
+
+
+class Played:
+    """A way that a rehearsal tries."""
+
+    def __init__(self, name: str, error: Exception | None = None) -> None:
+        self.name, self.error = name, error
+        self.calls: list[str] = []
+
+    def serve(self, region) -> dict[str, str]:
+        self.calls.append("serve")
+        return {"region": region.id}
+
+    def read(self, address, plan, destination, timeout_s) -> None:
+        self.calls.append("read")
+        assert address == {"region": destination.id} and plan.pieces() == [(0, 64, 64)]
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_a_kernel_is_compiled_before_the_first_pull(monkeypatch) -> None:
+    config = EngineConfig(model="m", home="h", role="decode")
+    region = played_region(config, 4, 64, "cpu")
+    ipc, tcp, own = Played("cuda_ipc"), Played("tcp"), Played("cuda_ipc")
+    monkeypatch.setattr(ways, "open_transport", lambda name, **_: own)
+    assert ways.rehearsed([ipc, tcp], config, region) == [ipc, tcp] and not own.calls
+    region.device = "cuda:0"
+    assert ways.rehearsed([tcp], config, region) == [tcp] and not own.calls
+    assert ways.rehearsed([ipc, tcp], config, region) == [ipc, tcp]
+    assert own.calls == ["serve", "read", "close"] and not ipc.calls
+    own.error = RuntimeError("no C compiler")
+    assert ways.rehearsed([ipc, tcp], config, region) == [tcp] and ipc.calls == ["close"]
+    assert ways.rehearsed([ipc], config, region) == [ipc], "asked for alone: it shall say so itself"
 
 
 def test_two_engines_share_a_gpu_whichever_comes_first(model, monkeypatch) -> None:

@@ -89,9 +89,9 @@ def test_two_processes_give_the_tokens_of_generate(
 
 
 def engine(role: str, reference, device: str, **changes) -> Engine:
-    """In this process; `tcp`, since nobody opens his own memory through IPC."""
+    """In this process."""
     model = tiny_models.loaded(tiny_models.make("llama"), device)
-    values = {**VALUES, "worker": role, "kv_transport": ("tcp",), "device": device, **changes}
+    values = {**VALUES, "worker": role, "kv_transport": ("cuda_ipc",), "device": device, **changes}
     return build_engine(EngineConfig(model="tiny", home="unused", role=role, **values), model)
 
 
