@@ -64,14 +64,14 @@ def main() -> None:
     prompts = home / "prompts.jsonl"
     report["prompt_tokens"] = write_prompts(args, prompts)
     outputs: dict[str, dict[int, RequestOutput]] = {}
-    first = args.devices.split(",")[0]
-    for name, options in {
+    options = {
         "two": ["--prefill", "1", "--decode", "1", "--device", args.devices],
-        "one": ["--prefill", "1", "--decode", "0", "--device", first],
-    }.items():
+        "one": ["--prefill", "1", "--decode", "0", "--device", args.devices.split(",")[0]],
+    }
+    for name in ["two"] if args.no_comparison else ["two", "one"]:
         try:
             place = home / f"{name}-{args.dtype}"
-            report[name], outputs[name] = run(args, place, folder, prompts, options)
+            report[name], outputs[name] = run(args, place, folder, prompts, options[name])
         except Exception as error:  # the other part's figures are still worth printing
             report[name] = {"error": f"{type(error).__name__}: {error}"}
     if len(outputs) == 2:
@@ -98,6 +98,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kv-cache-bytes", default="32GiB", help="of each engine")
     parser.add_argument("--tie", type=float, default=1e-3)
     parser.add_argument("--most-share", type=float, default=0.03)
+    parser.add_argument("--no-comparison", action="store_true", help="two GPUs alone")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds of one run")
     parser.add_argument("--home", type=Path)
     parser.add_argument("--make-model", type=Path, help=argparse.SUPPRESS)
@@ -277,7 +278,9 @@ def problems(args: argparse.Namespace, report: dict[str, Any]) -> list[str]:
     """What does not hold."""
     found = []
     for name in ("two", "one"):
-        part = report[name]
+        part = report.get(name)
+        if part is None:
+            continue
         if "error" in part:
             found.append(f"{name}: {part['error'].splitlines()[0]}")
         elif part["counts"]["succeeded"] != args.requests:
