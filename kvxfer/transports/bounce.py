@@ -13,6 +13,7 @@ A view is the caller's until the next one is asked for. Whoever stops early clos
 from __future__ import annotations
 
 import ctypes
+import errno
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -58,12 +59,12 @@ class Bounce:
         self,
         region: Region,
         *,
-        slot_bytes: int = SLOT_BYTES,
+        slot_bytes: int = 0,
         num_slots: int = NUM_SLOTS,
         make: Callable[[Region, int, int], Copies] | None = None,
     ) -> None:
-        self._slot_bytes, self._num_slots = slot_bytes, num_slots
-        self.num_bytes = slot_bytes * num_slots
+        self._slot_bytes, self._num_slots = slot_bytes or SLOT_BYTES, num_slots
+        self.num_bytes = self._slot_bytes * num_slots
         self._copies = (make or CudaCopies)(region, num_slots, self.num_bytes)
         self.address = self._copies.address
         """Where the ring lies, `num_bytes` long: for who registers it with a device."""
@@ -76,7 +77,7 @@ class Bounce:
         with self._quiet():
             begun = 0
             for done, chunk in enumerate(chunks):
-                while begun < len(chunks) and begun < done + self._num_slots - (done > 0):
+                while begun < len(chunks) and begun < done + self._num_slots:
                     slot = begun % self._num_slots
                     self._copies.to_host(slot, slot * self._slot_bytes, chunks[begun])
                     begun += 1
@@ -205,7 +206,10 @@ class Bounces:
         with self._lock:
             idle = self._idle.setdefault(region, [])
             bounce, closes = (idle.pop() if idle else None), self._closes
-        bounce = bounce or Bounce(region)
+        try:
+            bounce = bounce or Bounce(region)
+        except MemoryError as error:
+            raise TransportError(f"no page-locked memory: {error}", errno=errno.ENOMEM) from error
         try:
             yield bounce
         except BaseException:

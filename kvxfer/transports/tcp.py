@@ -7,16 +7,19 @@ After the handshake (`wire`) one connection serves one read at a time:
             has left. Or a status that refuses, and the end of the connection
 
 Bytes go from the region to the socket and from the socket into the destination, without a copy
-between. Connections are kept for the next read.
+between; where an end lies on a device, through a ring of page-locked memory there (`bounce`).
+Connections are kept for the next read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from kvxfer.errors import BadDescriptor, KVUsageError, PeerLost, Revoked, TransferTimeout
@@ -24,6 +27,7 @@ from kvxfer.plan import ReadPlan
 from kvxfer.region import Region
 from kvxfer.transports import wire
 from kvxfer.transports.base import Address, Stamp, number, text
+from kvxfer.transports.bounce import Bounces
 from kvxfer.transports.tcp_server import (
     BAD,
     NO_EPOCH,
@@ -61,6 +65,7 @@ class TcpTransport:
         self._listen = (listen_host, port)
         self._server: TcpServer | None = None
         self._idle: defaultdict[tuple[str, int], list[socket.socket]] = defaultdict(list)
+        self._bounces = Bounces()
         self._closes = 0
         self._lock = threading.Lock()
 
@@ -87,13 +92,19 @@ class TcpTransport:
     ) -> Stamp:
         """See `Transport`."""
         where = (text(address, "host"), number(address, "port"))
-        request, views = _request(text(address, "region"), plan, destination)
+        request, pieces = _request(text(address, "region"), plan)
         deadline = time.monotonic() + timeout_s
         sock = None
         closes = self._closes
         try:
             sock = self._connection(where, deadline)
-            stamp = _ask(sock, request, views, len(plan.src_blocks), deadline)
+            if destination.device == "cpu":
+                views = [destination.buffer[dst : dst + size] for dst, size in pieces]
+                stamp = _ask(sock, request, views, len(plan.src_blocks), deadline)
+            else:
+                with self._bounces.use(destination) as bounce:
+                    room = bounce.to_device(pieces)
+                    stamp = _ask(sock, request, room, len(plan.src_blocks), deadline)
         except BaseException as error:
             if sock is not None:
                 sock.close()
@@ -118,6 +129,7 @@ class TcpTransport:
             sock.close()
         if server is not None:
             server.close()
+        self._bounces.close()
 
     def _connection(self, where: tuple[str, int], deadline: float) -> socket.socket:
         while True:
@@ -149,8 +161,11 @@ class TcpTransport:
         sock.close()
 
 
-def _request(region: str, plan: ReadPlan, destination: Region) -> tuple[bytes, list[memoryview]]:
-    """What to ask, and where the answer's bytes go. Raises BadDescriptor."""
+def _request(region: str, plan: ReadPlan) -> tuple[bytes, list[tuple[int, int]]]:
+    """What to ask, and the (first byte, bytes) where the answer's bytes go, in order.
+
+    Raises BadDescriptor.
+    """
     wanted, blocks = plan.pieces(), plan.src_blocks
     try:
         parts = [REQUEST.pack(region.encode("ascii"), len(wanted), len(blocks))]
@@ -158,20 +173,31 @@ def _request(region: str, plan: ReadPlan, destination: Region) -> tuple[bytes, l
         parts.append(struct.pack(f"!{len(blocks)}I", *blocks))
     except (struct.error, UnicodeEncodeError) as error:
         raise BadDescriptor(f"region {region!r}, blocks: {error}") from error
-    buffer = destination.buffer
-    return b"".join(parts), [buffer[dst : dst + num_bytes] for _, dst, num_bytes in wanted]
+    return b"".join(parts), [(dst, num_bytes) for _, dst, num_bytes in wanted]
 
 
 def _ask(
-    sock: socket.socket, request: bytes, views: list[memoryview], num_blocks: int, deadline: float
+    sock: socket.socket,
+    request: bytes,
+    views: Sequence[memoryview] | Generator[memoryview],
+    num_blocks: int,
+    deadline: float,
 ) -> Stamp:
+    """`views`: where the blocks' bytes go; from a generator they are asked for one by one."""
     if len(request) > _NEVER_BLOCKS_BYTES:
         wire.limit(sock, socket.SO_SNDTIMEO, wire.left(deadline))
     wire.send(sock, [memoryview(request)])
     status = bytearray(STATUS_BYTES)
     tail = bytearray(8 * (1 + num_blocks))
     try:
-        wire.receive(sock, [memoryview(status), *views, memoryview(tail)], deadline)
+        if isinstance(views, Sequence):
+            wire.receive(sock, [memoryview(status), *views, memoryview(tail)], deadline)
+        else:
+            wire.receive(sock, [memoryview(status)], deadline)
+            with contextlib.closing(views):
+                for view in views:
+                    wire.receive(sock, [view], deadline)
+            wire.receive(sock, [memoryview(tail)], deadline)
     except PeerLost:
         _refusal(bytes(status))
         raise

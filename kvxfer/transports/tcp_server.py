@@ -8,6 +8,7 @@ at after the last byte was handed to the kernel: what the reader gets is then ol
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import struct
 import threading
@@ -17,6 +18,9 @@ from typing import NamedTuple
 from kvxfer.errors import PeerLost, TransportError
 from kvxfer.region import Region
 from kvxfer.transports import wire
+from kvxfer.transports.bounce import Bounces
+
+logger = logging.getLogger(__name__)
 
 REQUEST = struct.Struct("!16sII")
 """Region's id, numbers of pieces and of blocks"""
@@ -43,6 +47,7 @@ class TcpServer:
     def __init__(self, listen: tuple[str, int], secret: bytes, patience_s: float) -> None:
         self._secret, self._patience_s = secret, patience_s
         self._regions: dict[str, Region] = {}
+        self._bounces = Bounces()
         self._peers: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -64,6 +69,7 @@ class TcpServer:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # its thread wakes and closes it
         self._thread.join()
+        self._bounces.close()
 
     def _accept(self) -> None:
         with self._listener:
@@ -113,11 +119,26 @@ class TcpServer:
         ):
             sock.sendall(BAD)
             return False
-        pieces = [region.buffer[first : first + size] for first, size in asked.pieces]
-        wire.send(sock, [memoryview(OK), *pieces], more=True)
+        if region.device == "cpu":
+            pieces = [region.buffer[first : first + size] for first, size in asked.pieces]
+            wire.send(sock, [memoryview(OK), *pieces], more=True)
+        else:
+            self._send_from_device(sock, region, asked.pieces)
         numbers = [region.epoch if region.open else NO_EPOCH, *region.stamps(asked.blocks)]
         wire.send(sock, [memoryview(struct.pack(f"!{len(numbers)}Q", *numbers))])
         return True
+
+    def _send_from_device(
+        self, sock: socket.socket, region: Region, pieces: list[tuple[int, int]]
+    ) -> None:
+        wire.send(sock, [memoryview(OK)], more=True)
+        try:
+            with self._bounces.use(region) as bounce:
+                for view in bounce.to_host(pieces):
+                    wire.send(sock, [view], more=True)
+        except TransportError as error:
+            logger.warning("region %s cannot be read from %s: %s", region.id, region.device, error)
+            raise
 
 
 class Request(NamedTuple):
