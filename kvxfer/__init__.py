@@ -26,6 +26,8 @@ from kvxfer.errors import (
     TokenMismatch,
     TransferTimeout,
     TransportError,
+    UnknownTransport,
+    UnusableTransport,
 )
 from kvxfer.layout import KVLayout
 from kvxfer.memory_registry import MemoryRegistry
@@ -76,6 +78,8 @@ __all__ = [
     "TransferTimeout",
     "Transport",
     "TransportError",
+    "UnknownTransport",
+    "UnusableTransport",
     "runs",
     "token_hash",
     "whole_blocks",

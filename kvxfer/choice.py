@@ -133,15 +133,19 @@ def open_transport(name: str, *, host: str, secret: str, listen_host: str) -> Tr
     return made
 
 
-def meet(source: End, reader: End, *, gpu_link: str = "") -> Verdict:
+def meet(
+    source: End, reader: End, *, gpu_link: str = "", closed: Mapping[str, str] | None = None
+) -> Verdict:
     """What `reader` would take to pull from `source`: its first transport that reaches.
 
-    `gpu_link` says how their GPUs reach each other, for the reason.
+    For the reasons: `gpu_link` says how their GPUs reach each other, `closed` why the reader has
+    not opened a transport.
     """
     passed: list[tuple[str, str]] = []
     same_host = source.host == reader.host
     for name in sorted(set(AUTO) - set(reader.transports), key=AUTO.index):
-        passed.append((name, f"{reader.host}'s {reader.device} has not opened it"))
+        unknown = f"{reader.host}'s {reader.device} has not opened it"
+        passed.append((name, (closed or {}).get(name, unknown)))
     for name in reader.transports:
         problem = _problem(name, source, reader)
         if problem:

@@ -26,6 +26,7 @@ from kvxfer.topology import (
     read_machine,
     usable,
 )
+from kvxfer.topology import __main__ as program
 
 TREES = sorted(path.stem for path in sysfs_trees.HERE.glob("*.txt"))
 NICS, NETDEV = "KVCACHE_RDMA_NICS=", "KV_CACHE_SOCKET_IFNAME="
@@ -205,3 +206,16 @@ def test_the_machine_at_hand_is_read_and_recorded(tmp_path: Path) -> None:
     assert names(usable(again)) == names(usable(here))
     assert {n.name for n in again.netdevs} == {n.name for n in here.netdevs}
     assert again.nodes == here.nodes
+
+
+def test_the_line_can_be_exported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = machine("hgx_roce_down", tmp_path)
+    monkeypatch.setattr(program, "read_machine", lambda: found)
+    assert program.main(["gpu"]) == 0
+    assert capsys.readouterr().out == SCRIPT["hgx_roce_down", "gpu"] + "\n"
+    assert program.main(["npu"]) == 2 and program.main([]) == 2
+    monkeypatch.setattr(program, "read_machine", lambda: read_machine(tmp_path / "nothing"))
+    assert program.main(["gpu"]) == 1
+    assert "no RDMA device" in capsys.readouterr().err
