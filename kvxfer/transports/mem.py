@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvxfer.errors import PeerLost, Revoked, TransferTimeout
+from kvxfer.errors import KVUsageError, PeerLost, Revoked, TransferTimeout
 from kvxfer.plan import ReadPlan
 from kvxfer.region import Region
 from kvxfer.transports.base import Address, Stamp, check_source, text
@@ -44,7 +44,8 @@ class MemTransport:
         self._mine: list[str] = []
 
     def serve(self, region: Region) -> dict[str, Any]:
-        """See `Transport`."""
+        """See `Transport`. Raises KVUsageError for memory that is not the host's."""
+        _check_host(region)
         with _lock:
             _served[region.id] = region
         self._mine.append(region.id)
@@ -68,6 +69,7 @@ class MemTransport:
             raise PeerLost(f"no region {address['region']} in this process")
         if not source.open:
             raise Revoked("the region was revoked")
+        _check_host(destination)
         check_source(plan, source.num_blocks, source.block_bytes)
         if fault and fault.kind in ("delay", "drop"):
             time.sleep(min(fault.seconds, timeout_s))
@@ -93,6 +95,11 @@ class MemTransport:
             for region in self._mine:
                 _served.pop(region, None)
         self._mine.clear()
+
+
+def _check_host(region: Region) -> None:
+    if region.device != "cpu":
+        raise KVUsageError(f"mem copies host memory, not that of {region.device}")
 
 
 def copy_pieces(source: int, pieces: Iterable[tuple[int, int, int]], destination: int) -> None:
