@@ -22,7 +22,6 @@ from kvxfer.transports.rdma_verbs import REMOTE_READ
 logger = logging.getLogger(__name__)
 _DMABUF_FD = 1
 """CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD"""
-Export = Callable[[Region], tuple[int, int]]
 
 
 class Registered:
@@ -56,17 +55,15 @@ def register_proof(devices: Sequence[Device], region: Region) -> Registered:
     return register_host(devices, generations - PAGE_BYTES, size, REMOTE_READ)
 
 
-def register_blocks(
-    devices: Sequence[Device], region: Region, access: int, export: Export | None = None
-) -> Registered | None:
+def register_blocks(devices: Sequence[Device], region: Region, access: int) -> Registered | None:
     """A region's blocks; None where they lie on a device that some NIC cannot reach.
 
-    `export` gives the descriptor of a dmabuf and where in it block 0 lies. Raises TransportError.
+    Raises TransportError.
     """
     if region.device == "cpu":
         return register_host(devices, region.address, region.num_bytes, access, relaxed=True)
     try:
-        fd, offset = (export or export_dmabuf)(region)
+        fd, offset = export_dmabuf(region)
     except TransportError as error:
         logger.info("%s: no dmabuf, blocks are staged in host memory: %s", region.device, error)
         return None
