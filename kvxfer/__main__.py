@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from kvxfer.bench import main
-
 if __name__ == "__main__":
     if sys.argv[1:2] != ["bench"]:
-        sys.exit("usage: python -m kvxfer bench [--json] [--mib N ...] [--block-kib N ...]")
+        sys.exit("usage: python -m kvxfer bench [--help]")
+    from kvxfer.bench import main
+
     main(sys.argv[2:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -36,17 +35,3 @@ def test_every_error_is_in_the_drawn_tree_and_exported() -> None:
     for kind in kinds:
         assert kind.__name__ in (errors.__doc__ or "")
         assert kind.__name__ in kvxfer.__all__
-
-
-def test_bench_measures_every_transport() -> None:
-    command = [sys.executable, "-m", "kvxfer", "bench", "--json", "--mib", "0.25"]
-    command += ["--block-kib", "64", "--rounds", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    rows = json.loads(done.stdout)
-    assert [row["transport"] for row in rows] == ["mem", "shm", "tcp"]
-    assert all(row["gb_per_s"] > 0 and row["transfer_mib"] == 0.25 for row in rows)
-
-
-def test_bench_says_how_it_is_used() -> None:
-    done = subprocess.run([sys.executable, "-m", "kvxfer"], capture_output=True, text=True)
-    assert done.returncode and "bench" in done.stderr

@@ -1,0 +1,28 @@
+"""Latency and bandwidth of every transport of this machine, beside the machine's own limit.
+
+The producer is another process (of `mem`: this one). Every transport, its limit and every rival
+that was asked for take turns within one run, each round in another order, so that ratios hold on a
+machine that others use too; a share is the median of the ratios within the rounds, every other
+figure a median too.
+All go through pools larger than the processor's caches, other blocks at each turn, as an engine
+does; the blocks are scattered at both ends, a limit's bytes are contiguous. Pages are as the system
+gives them to who asks for huge ones, for limits and rivals also.
+
+| transport | limit |
+| --- | --- |
+| mem, shm | one memcpy of as many bytes within a process |
+| tcp | as many bytes through a plain socket on the loopback, from another process |
+| rdma | ib_read_bw (perftest) with requests of the same size, once for each size |
+| cuda_ipc | one contiguous peer copy of as many bytes |
+
+    cli       what may be asked           source   the producer's process
+    ways      transports and limits       race     turns and their times
+    limits    the machine's own           report   rows, table, JSON;   plot: SVG
+    rivals    others' libraries, in a Python of theirs
+"""
+
+from __future__ import annotations
+
+from kvxfer.bench.cli import main
+
+__all__ = ["main"]
