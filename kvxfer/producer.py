@@ -6,15 +6,18 @@ give them away. Called by the engine's thread; the descriptors travel to readers
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
 
 from kvxfer.descriptor import KVDescriptor, token_hash
-from kvxfer.errors import KVUsageError
+from kvxfer.errors import KVTransferError, KVUsageError
 from kvxfer.layout import KVLayout
 from kvxfer.region import Region
 from kvxfer.transports.base import Address, Transport
+
+logger = logging.getLogger(__name__)
 
 
 class KVProducer:
@@ -29,14 +32,24 @@ class KVProducer:
         producer: str,
         host: str,
         epoch: int = 0,
+        optional: bool = False,
     ) -> None:
+        """`optional`: a transport that cannot serve this region is left out with a warning, as
+        long as another can; else it is an error."""
         if region.block_bytes != layout.block_bytes:
             raise KVUsageError(f"blocks of {region.block_bytes}, layout of {layout.block_bytes}")
         self.region, self.layout = region, layout
         self.producer, self.host = producer, host
         region.epoch = epoch
         self._transports = list(transports)
-        self.endpoints: dict[str, Address] = {t.name: t.serve(region) for t in self._transports}
+        self.endpoints: dict[str, Address] = {}
+        for transport in self._transports:
+            try:
+                self.endpoints[transport.name] = transport.serve(region)
+            except (KVTransferError, OSError) as error:
+                if not optional or (transport is self._transports[-1] and not self.endpoints):
+                    raise
+                logger.warning("%s does not serve: %s", transport.name, error)
         self._pinned: dict[str, tuple[int, ...]] = {}
         self._lock = threading.Lock()
 

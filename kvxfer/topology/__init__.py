@@ -11,6 +11,7 @@ from kvxfer.topology.nearest import (
     gpu_distance,
     left_out,
     nearest,
+    own_node,
     usable,
 )
 from kvxfer.topology.rdma_nics import (
@@ -41,6 +42,7 @@ __all__ = [
     "left_out",
     "nearest",
     "nics_for",
+    "own_node",
     "rdma_nics_line",
     "read_machine",
     "socket_netdev",

@@ -6,7 +6,8 @@ through PCIe switches alone; what comes after goes through a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -94,6 +95,21 @@ def nearest(machine: Machine, gpu: Gpu, among: Iterable[Nic] | None = None) -> l
 def gpu_distance(machine: Machine, gpu: Gpu, nic: Nic) -> Distance:
     """From a GPU to a NIC of its machine."""
     return distance(gpu.place, nic.place, num_nodes=len(machine.nodes))
+
+
+def own_node(machine: Machine, cpus: Collection[int] | None = None) -> int:
+    """The CPU node that has all CPUs that this process may run on; -1 where several have."""
+    mine = set(os.sched_getaffinity(0) if cpus is None else cpus)
+    return next((node for node, text in machine.nodes.items() if mine <= _cpus(text)), -1)
+
+
+def _cpus(text: str) -> set[int]:
+    """`0-55,112-167` as numbers."""
+    found: set[int] = set()
+    for piece in filter(None, text.split(",")):
+        first, _, last = piece.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return found
 
 
 def by_node(machine: Machine) -> dict[int, list[Nic]]:

@@ -82,7 +82,7 @@ from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.messages import Adoption, Handoff
 from pdbatch.engine.payload import HandoffPayload, decode_payload, encode_payload, unpack_tokens
 from pdbatch.engine.ports import Incoming, PullRefused, PullResult
-from pdbatch.engine.ways import rehearsed, transports
+from pdbatch.engine.ways import rehearsed, serving, transports
 
 __all__ = [
     "Claim",
@@ -154,7 +154,9 @@ class KVTransfers:
                 producer=config.worker,
                 host=config.host,
                 epoch=config.epoch,
+                optional=config.kv_transport == ("auto",),
             )
+            self._ways = serving(self._ways, self._producer.endpoints)
         if config.role != "prefill":
             if ways is None:
                 self._ways = rehearsed(self._ways, config, region)

@@ -6,7 +6,7 @@ Beside `pdbatch.engine.handoff` alone in importing kvxfer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from kvxfer import Region, Transport, whole_blocks
 from kvxfer.choice import available, open_transport, select
@@ -43,7 +43,11 @@ def transports(config: EngineConfig, device: str = "cpu") -> list[Transport]:
     for name in resolve(config.kv_transport, device):
         try:
             made = open_transport(
-                name, host=config.host, secret=config.secret, listen_host=config.listen_host
+                name,
+                host=config.host,
+                secret=config.secret,
+                listen_host=config.listen_host,
+                device=device,
             )
         except (KVTransferError, OSError) as error:
             if tuple(config.kv_transport) != ("auto",):
@@ -58,6 +62,14 @@ def transports(config: EngineConfig, device: str = "cpu") -> list[Transport]:
             opened.append(made)
     logger.info("KV moves by %s", ", ".join(way.name for way in opened))
     return opened
+
+
+def serving(ways: list[Transport], endpoints: Collection[str]) -> list[Transport]:
+    """The ways that serve; the others are closed."""
+    for way in ways:
+        if way.name not in endpoints:
+            way.close()
+    return [way for way in ways if way.name in endpoints]
 
 
 def rehearsed(ways: list[Transport], config: EngineConfig, region: Region) -> list[Transport]:

@@ -126,3 +126,19 @@ def test_a_way_that_fails_is_left_for_the_next_with_its_errno(
     assert f"tcp failed (PeerLost, errno {errno.ECONNREFUSED})" in warning.getMessage()
     for engine in (prefill, decode):
         engine.close()
+
+
+def test_one_that_cannot_serve_the_pool_is_left_out_under_auto(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: object, region: object) -> None:
+        raise OSError(errno.ENOMEM, "not so much memory may be locked")
+
+    monkeypatch.setattr(ways, "available", lambda device: offers("shm", "tcp"))
+    monkeypatch.setattr("kvxfer.transports.tcp.TcpTransport.serve", refuse)
+    engine = NullEngine(config("auto"))
+    assert engine.info.transports == ["shm"]
+    assert any("tcp does not serve: [Errno 12]" in message for message in caplog.messages)
+    engine.close()
+    with pytest.raises(OSError, match="locked"):
+        NullEngine(config("shm", "tcp"))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sysfs_trees
 
-from kvxfer import verbs
+from kvxfer import choice, verbs
 from kvxfer.choice import (
     AUTO,
     End,
@@ -17,6 +18,7 @@ from kvxfer.choice import (
     available,
     check_names,
     meet,
+    near_nics,
     open_transport,
     select,
 )
@@ -208,3 +210,39 @@ def test_what_is_installed_for_the_system_is_linked(tmp_path: Path) -> None:
     for built in there.iterdir():
         built.rename(there / "device.cpython-27-x86_64-linux-gnu.so")
     assert "built for CPython 27" in verbs.remedy(tmp_path, "/opt/env")
+
+
+def test_the_nics_for_a_device_are_the_nearest_and_fastest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = machine("hgx_roce_down", tmp_path)
+    monkeypatch.setattr(choice, "_pci_of", lambda device: found.gpus[int(device[5:])].place.pci)
+    assert near_nics("cuda:2", found) == ["mlx5_2"]
+    assert near_nics("cuda:3", found) == ["mlx5_0", "mlx5_1", "mlx5_2"]  # its own is down
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 113})
+    assert near_nics("cpu", found) == ["mlx5_0", "mlx5_1", "mlx5_2"]  # mlx5_3 is slower
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 56})
+    assert len(near_nics("cpu", found)) == 6
+    assert near_nics("cpu", machine("no_rdma", tmp_path)) == []
+
+
+@pytest.mark.parametrize("trouble", [False, True])
+def test_rdma_is_opened_on_them_unless_the_environment_names_some(
+    monkeypatch: pytest.MonkeyPatch, trouble: bool
+) -> None:
+    asked: list[tuple[str, ...] | None] = []
+
+    class Played:
+        def __init__(self, secret: str, *, listen_host: str, settings: Any) -> None:
+            asked.append(settings.nics)
+            if trouble and settings.nics == ("near0",):
+                raise UnusableTransport("near0 does not open", remedy="")
+
+    monkeypatch.setattr(choice, "_load", lambda module, name: Played)
+    monkeypatch.setattr(choice, "near_nics", lambda device: ["near0"])
+    monkeypatch.delenv("KVCACHE_RDMA_NICS", raising=False)
+    open_transport("rdma", host="h", secret="s", listen_host="127.0.0.1")
+    assert asked == ([("near0",), None] if trouble else [("near0",)])
+    monkeypatch.setenv("KVCACHE_RDMA_NICS", "mine0,mine1")
+    open_transport("rdma", host="h", secret="s", listen_host="127.0.0.1")
+    assert asked[-1] == ("mine0", "mine1")
