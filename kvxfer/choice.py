@@ -1,53 +1,25 @@
-"""Which transports an end can use, which one two ends would take, and why not the others.
+"""Which transports an end opens, which one two ends take, and why not the others.
 
 `auto` is all that can be used here, in the order of AUTO: on one device or between peers of one
 machine (cuda_ipc), through shared memory, by RDMA, by TCP. A list is kept as given; a name in it
-that cannot be used is an error, since somebody asked for it.
+that cannot be used is an error, since somebody asked for it. What can be used here is
+`kvxfer.offers`' to say; `kvxfer.opening` makes them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import importlib
-import logging
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
-from kvxfer import verbs
-from kvxfer.errors import KVUsageError, UnknownTransport, UnusableTransport
-from kvxfer.topology import (
-    Machine,
-    choose,
-    left_out,
-    nics_for,
-    own_node,
-    read_machine,
-    usable,
-)
-from kvxfer.transports import MemTransport, ShmTransport, TcpTransport
-from kvxfer.transports.base import Transport
-
-logger = logging.getLogger(__name__)
+from kvxfer.errors import UnknownTransport, UnusableTransport
+from kvxfer.offers import Offer
 
 AUTO: Final = ("cuda_ipc", "shm", "rdma", "tcp")
 """From fast to slow; what `auto` tries."""
 NAMES: Final = (*AUTO, "mem")
 LOOPBACK: Final = ("127.", "localhost", "::1")
-NICS_VARIABLE: Final = "KVCACHE_RDMA_NICS"
-
-
-class Offer(NamedTuple):
-    """What one end can say of a transport."""
-
-    name: str
-    usable: bool
-    why: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,25 +44,6 @@ class Verdict(NamedTuple):
     why: str
     passed_over: tuple[tuple[str, str], ...]
     """The better ones that were not taken, each with the reason."""
-
-
-def available(
-    device: str = "cpu",
-    *,
-    machine: Machine | None = None,
-    env: Mapping[str, str] = os.environ,
-    dev: str | Path = "/dev/infiniband",
-) -> list[Offer]:
-    """All of AUTO, for an end whose blocks lie on `device`: usable or not, and why.
-
-    Tells of this machine unless `machine` is another; imports pyverbs where a NIC is active.
-    """
-    return [
-        _cuda_ipc(device),
-        _shm(device),
-        _rdma(machine or read_machine(), env, Path(dev)),
-        Offer("tcp", True, "any two machines that reach each other"),
-    ]
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -128,25 +81,6 @@ def select(names: Sequence[str], offers: Sequence[Offer]) -> tuple[list[str], li
                 remedy=offer.remedy or f"Leave {name} out of the list, or say `auto`.",
             )
     return list(wanted), []
-
-
-def open_transport(
-    name: str, *, host: str, secret: str, listen_host: str, device: str = "cpu"
-) -> Transport:
-    """One transport by its name, for blocks that lie on `device`; what it needs is loaded now.
-
-    Raises UnknownTransport, and what the transport itself raises.
-    """
-    makers: dict[str, Any] = {
-        "mem": MemTransport,
-        "shm": lambda: ShmTransport(host),
-        "tcp": lambda: TcpTransport(secret, listen_host=listen_host),
-        "rdma": lambda: _open_rdma(secret, listen_host, device),
-        "cuda_ipc": lambda: _load("cuda_ipc", "CudaIpcTransport")(secret, host=host),
-    }
-    check_names([name])
-    made: Transport = makers[name]()
-    return made
 
 
 def meet(
@@ -195,91 +129,3 @@ def _before(name: str, taken: str, order: Sequence[str]) -> bool:
     """Whether `name` would have been better than the one that was taken."""
     ranks = list(order) if name in order else list(AUTO)
     return taken not in ranks or ranks.index(name) < ranks.index(taken)
-
-
-def _cuda_ipc(device: str) -> Offer:
-    if not device.startswith("cuda"):
-        return Offer("cuda_ipc", False, "the KV lies in host memory")
-    if not _is_built("cuda_ipc"):
-        return Offer("cuda_ipc", False, "this kvxfer has it not")
-    if find_spec("triton") is None:
-        return Offer("cuda_ipc", False, "triton is not installed", "Run `pip install triton`.")
-    return Offer("cuda_ipc", True, "GPUs of one machine")
-
-
-def _shm(device: str) -> Offer:
-    if device != "cpu":
-        return Offer("shm", False, f"the KV lies on {device}, not in host memory")
-    if not hasattr(os, "memfd_create"):
-        return Offer("shm", False, "this system has no memfd_create")
-    return Offer("shm", True, "processes of one user on one machine")
-
-
-def _rdma(machine: Machine, env: Mapping[str, str], dev: Path) -> Offer:
-    def no(why: str, remedy: str = "") -> Offer:
-        return Offer("rdma", False, why, remedy)
-
-    if not _is_built("rdma"):
-        return no("this kvxfer has it not")
-    if not machine.nics:
-        return no("this machine has no RDMA device")
-    listed = env.get(NICS_VARIABLE, "").split(",")
-    named = [name.partition(":")[0].strip() for name in listed if name.strip()]
-    try:
-        nics = choose(machine, named) if named else usable(machine)
-    except ValueError as error:
-        return no(f"{NICS_VARIABLE}: {error}", f"Correct or unset {NICS_VARIABLE}.")
-    if not nics:
-        left = "; ".join(f"{name}: {why}" for name, why in left_out(machine).items())
-        return no(f"no RDMA device has an active port ({left})", "Check cables and `rdma link`.")
-    if not any(os.access(path, os.R_OK | os.W_OK) for path in dev.glob("uverbs*")):
-        return no(
-            f"{dev}/uverbs* cannot be opened",
-            "Give the container its devices (`--device /dev/infiniband`), or the user its rights.",
-        )
-    if trouble := verbs.pyverbs_trouble():
-        return no(trouble.why, trouble.remedy)
-    rates = ", ".join(f"{nic.name} {nic.rate_gbps:g} Gb/s" for nic in nics)
-    return Offer("rdma", True, f"active: {rates}")
-
-
-def near_nics(device: str, machine: Machine | None = None) -> list[str]:
-    """The NICs for blocks on `device`: a GPU's nearest, else those of the CPU node this process
-    is bound to (of all nodes, where it is bound to none); of these the fastest. [] without any."""
-    here = machine or read_machine()
-    gpu = here.gpu(_pci_of(device)) if device.startswith("cuda") else None
-    nics = nics_for(here, gpu, own_node(here))
-    most = max((nic.rate_gbps for nic in nics), default=0.0)
-    return [nic.name for nic in nics if nic.rate_gbps == most]
-
-
-def _open_rdma(secret: str, listen_host: str, device: str) -> Transport:
-    """With the nearest NICs, unless the environment names some; with all that open, where one of
-    the nearest does not."""
-    module = importlib.import_module("kvxfer.transports.rdma_settings")
-    make = _load("rdma", "RdmaTransport")
-    settings = module.RdmaSettings.from_env()
-    names = near_nics(device) if settings.nics is None else []
-    if names:
-        with contextlib.suppress(KVUsageError):
-            near = replace(settings, nics=tuple(names))
-            made: Transport = make(secret, listen_host=listen_host, settings=near)
-            logger.info("RDMA for KV on %s by %s", device, ", ".join(names))
-            return made
-    any_nic: Transport = make(secret, listen_host=listen_host, settings=settings)
-    return any_nic
-
-
-def _pci_of(device: str) -> str:
-    """The PCI address of a GPU that this process knows as `cuda:N`."""
-    torch = importlib.import_module("torch")
-    seen = torch.cuda.get_device_properties(device)
-    return f"{seen.pci_domain_id:04x}:{seen.pci_bus_id:02x}:{seen.pci_device_id:02x}.0"
-
-
-def _is_built(module: str) -> bool:
-    return find_spec(f"kvxfer.transports.{module}") is not None
-
-
-def _load(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(f"kvxfer.transports.{module}"), name)

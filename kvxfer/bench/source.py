@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvxfer.bench.case import Case
-from kvxfer.choice import open_transport
 from kvxfer.descriptor import KVDescriptor
+from kvxfer.opening import open_transport
 from kvxfer.producer import KVProducer
 from kvxfer.region import Region
 

@@ -13,10 +13,11 @@ from kvxfer.bench import limits
 from kvxfer.bench.case import Case
 from kvxfer.bench.race import Turn, timed
 from kvxfer.bench.source import FILL, HOST, LOOPBACK, SECRET, Source, make_region
-from kvxfer.choice import available, open_transport
 from kvxfer.consumer import KVConsumer
 from kvxfer.descriptor import KVDescriptor
 from kvxfer.errors import KVUsageError
+from kvxfer.offers import available
+from kvxfer.opening import open_transport
 from kvxfer.producer import KVProducer
 from kvxfer.region import DeviceRegion, Region
 

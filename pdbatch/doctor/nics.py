@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 from typing import Final
 
-from kvxfer import choice, verbs
+from kvxfer import choice, offers, verbs
 from kvxfer.errors import UnknownTransport, UnusableTransport
 from kvxfer.topology import Machine, left_out, rdma_nics_line, usable
 from kvxfer.topology.rdma_nics import KINDS
@@ -38,7 +38,7 @@ def look(report: Report, settings: Settings, machine: Machine) -> None:
     for device in _devices(report):
         report.transports += [
             Offer(device=device, name=o.name, usable=o.usable, why=o.why, remedy=o.remedy)
-            for o in choice.available(device, machine=machine)
+            for o in offers.available(device, machine=machine)
         ]
     _judge_choice(report, settings)
     _judge_rdma(report, machine)
@@ -47,13 +47,13 @@ def look(report: Report, settings: Settings, machine: Machine) -> None:
 def opened(report: Report, settings: Settings, device: str) -> tuple[str, ...]:
     """The transports that an engine on `device` would open with these settings; () where it
     would refuse to start."""
-    offers = [
-        choice.Offer(o.name, o.usable, o.why, o.remedy)
+    mine = [
+        offers.Offer(o.name, o.usable, o.why, o.remedy)
         for o in report.transports
         if o.device == kind_of(device)
     ]
     try:
-        return tuple(choice.select(settings.kv_transport, offers)[0])
+        return tuple(choice.select(settings.kv_transport, mine)[0])
     except (UnknownTransport, UnusableTransport):
         return ()
 
@@ -77,13 +77,13 @@ def _devices(report: Report) -> list[str]:
 def _judge_choice(report: Report, settings: Settings) -> None:
     """A transport that was named must be usable; under auto it may be missing."""
     device = engine_device(report, settings)
-    offers = {o.name: o for o in report.transports if o.device == kind_of(device)}
+    known = {o.name: o for o in report.transports if o.device == kind_of(device)}
     if settings.kv_transport == ("auto",):
         names = ", ".join(opened(report, settings, device))
         report.add("transport", "ok", f"auto, for KV on {device}: {names}")
         return
     for name in settings.kv_transport:
-        offer = offers.get(name)
+        offer = known.get(name)
         if offer is not None and not offer.usable:
             text = f"kv_transport names {name}, of no use for KV on {device}: {offer.why}"
             remedy = offer.remedy or f"Leave {name} out, or set kv_transport to `auto`."

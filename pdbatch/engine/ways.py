@@ -9,8 +9,10 @@ import logging
 from collections.abc import Collection, Sequence
 
 from kvxfer import Region, Transport, whole_blocks
-from kvxfer.choice import available, open_transport, select
+from kvxfer.choice import select
 from kvxfer.errors import KVTransferError, UnknownTransport, UnusableTransport
+from kvxfer.offers import available
+from kvxfer.opening import open_transport
 from pdbatch.engine.config import EngineConfig
 from pdbatch.errors import ConfigError
 

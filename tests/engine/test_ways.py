@@ -8,8 +8,10 @@ import logging
 import pytest
 
 from kvxfer import Transport
-from kvxfer.choice import AUTO, Offer, open_transport
+from kvxfer.choice import AUTO
 from kvxfer.errors import KVUsageError
+from kvxfer.offers import Offer
+from kvxfer.opening import open_transport
 from pdbatch.config import TRANSPORTS
 from pdbatch.engine import ways
 from pdbatch.engine.config import EngineConfig

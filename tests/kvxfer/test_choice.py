@@ -10,19 +10,11 @@ from typing import Any
 import pytest
 import sysfs_trees
 
-from kvxfer import choice, verbs
-from kvxfer.choice import (
-    AUTO,
-    End,
-    Offer,
-    available,
-    check_names,
-    meet,
-    near_nics,
-    open_transport,
-    select,
-)
+from kvxfer import opening, verbs
+from kvxfer.choice import AUTO, End, check_names, meet, select
 from kvxfer.errors import KVUsageError, UnknownTransport, UnusableTransport
+from kvxfer.offers import Offer, available
+from kvxfer.opening import near_nics, open_transport
 from kvxfer.topology import Machine
 
 OFFERS = [
@@ -108,7 +100,6 @@ def test_where_the_blocks_lie_decides() -> None:
 def test_rdma_needs_a_device_a_port_its_file_and_pyverbs(
     tmp_path: Path, dev: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvxfer.choice._is_built", lambda name: True)
     monkeypatch.setitem(sys.modules, "pyverbs", None)
     assert rdma(machine("no_rdma", tmp_path), dev).why == "this machine has no RDMA device"
     box = sysfs_trees.build("pcie_box", tmp_path / "box")
@@ -127,7 +118,6 @@ def test_rdma_needs_a_device_a_port_its_file_and_pyverbs(
 def test_rdma_with_everything(
     tmp_path: Path, dev: Path, pyverbs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvxfer.choice._is_built", lambda name: True)
     assert rdma(machine("pcie_box", tmp_path), dev) == Offer(
         "rdma", True, "active: mlx5_0 100 Gb/s"
     )
@@ -216,7 +206,7 @@ def test_the_nics_for_a_device_are_the_nearest_and_fastest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = machine("hgx_roce_down", tmp_path)
-    monkeypatch.setattr(choice, "_pci_of", lambda device: found.gpus[int(device[5:])].place.pci)
+    monkeypatch.setattr(opening, "_pci_of", lambda device: found.gpus[int(device[5:])].place.pci)
     assert near_nics("cuda:2", found) == ["mlx5_2"]
     assert near_nics("cuda:3", found) == ["mlx5_0", "mlx5_1", "mlx5_2"]  # its own is down
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 113})
@@ -238,8 +228,8 @@ def test_rdma_is_opened_on_them_unless_the_environment_names_some(
             if trouble and settings.nics == ("near0",):
                 raise UnusableTransport("near0 does not open", remedy="")
 
-    monkeypatch.setattr(choice, "_load", lambda module, name: Played)
-    monkeypatch.setattr(choice, "near_nics", lambda device: ["near0"])
+    monkeypatch.setattr(opening, "_load", lambda module, name: Played)
+    monkeypatch.setattr(opening, "near_nics", lambda device: ["near0"])
     monkeypatch.delenv("KVCACHE_RDMA_NICS", raising=False)
     open_transport("rdma", host="h", secret="s", listen_host="127.0.0.1")
     assert asked == ([("near0",), None] if trouble else [("near0",)])
