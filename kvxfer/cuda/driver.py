@@ -104,7 +104,10 @@ class Driver:
     def uuid(self, device: int) -> str:
         """As nvidia-smi writes it."""
         found = _Uuid()
-        get = getattr(self._lib, "cuDeviceGetUuid_v2", self._lib.cuDeviceGetUuid)
+        name = (
+            "cuDeviceGetUuid_v2" if hasattr(self._lib, "cuDeviceGetUuid_v2") else "cuDeviceGetUuid"
+        )
+        get = getattr(self._lib, name)
         self.check(get(ctypes.byref(found), device), f"the UUID of device {device}")
         text = bytes(found.bytes).hex()
         parts = (text[:8], text[8:12], text[12:16], text[16:20], text[20:])
@@ -244,12 +247,19 @@ class Driver:
         self, to: Sequence[int], source: Sequence[int], sizes: Sequence[int], stream: int
     ) -> None:
         """Many copies, in any order among themselves; one call where the driver has it."""
+        if len(sizes) > 1 and self.has_batch:
+            self.has_batch = self._copy_batch(to, source, sizes, stream)
+            if self.has_batch:
+                return
+        call = self._lib.cuMemcpyAsync
+        for piece in zip(to, source, sizes, strict=True):
+            self.check(call(*piece, stream), "cuMemcpyAsync")
+
+    def _copy_batch(
+        self, to: Sequence[int], source: Sequence[int], sizes: Sequence[int], stream: int
+    ) -> bool:
+        """False where the driver or these devices cannot: then they are copied one by one."""
         count = len(sizes)
-        if not self.has_batch or count == 1:
-            call = self._lib.cuMemcpyAsync
-            for piece in zip(to, source, sizes, strict=True):
-                self.check(call(*piece, stream), "cuMemcpyAsync")
-            return
         numbers = ctypes.c_uint64 * count
         attributes = _CopyAttributes(order=_SOURCE_ORDER_STREAM)
         first, failed = ctypes.c_size_t(0), ctypes.c_size_t()
@@ -257,7 +267,7 @@ class Driver:
             *(numbers(*to), numbers(*source), numbers(*sizes), count),
             *(ctypes.byref(attributes), ctypes.byref(first), 1, ctypes.byref(failed), stream),
         )
-        self.check(code, "cuMemcpyBatchAsync")
+        return bool(code == _OK)
 
 
 @cache

@@ -99,4 +99,4 @@ def _shape(
     if not even:
         longest = 1 << (max(lengths) - 1).bit_length()
         row_bytes = max(_LEAST_ROW_BYTES, min(tile_bytes, longest))
-    return Shape(unit, row_bytes, tile_bytes // row_bytes, even)
+    return Shape(unit, row_bytes, max(1, tile_bytes // row_bytes), even)
