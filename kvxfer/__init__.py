@@ -7,6 +7,7 @@ pulls and proves. See README.md. Importing it loads the standard library alone.
 from __future__ import annotations
 
 from kvxfer.consumer import KVConsumer, PullStats
+from kvxfer.cuda import cuda_region
 from kvxfer.descriptor import KVDescriptor, token_hash
 from kvxfer.errors import (
     AccessDenied,
@@ -38,12 +39,14 @@ from kvxfer.region import DeviceRegion, Region, runs
 from kvxfer.registry import Claim, Ended, Publication, Registry
 from kvxfer.transports import MemTransport, ShmTransport, TcpTransport
 from kvxfer.transports.base import Stamp, Transport
+from kvxfer.transports.cuda_ipc import CudaIpcTransport
 
 __all__ = [
     "AccessDenied",
     "BadDescriptor",
     "ChecksumMismatch",
     "Claim",
+    "CudaIpcTransport",
     "DeviceRegion",
     "Ended",
     "KVConsumer",
@@ -80,6 +83,7 @@ __all__ = [
     "TransportError",
     "UnknownTransport",
     "UnusableTransport",
+    "cuda_region",
     "runs",
     "token_hash",
     "whole_blocks",
