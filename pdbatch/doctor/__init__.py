@@ -9,7 +9,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import traceback
+from collections.abc import Callable
 
 from kvxfer.topology import Machine, read_machine
 from pdbatch.config import Settings
@@ -32,9 +35,19 @@ def examine(
     """
     here = machine or read_machine()
     report = Report(host=socket.gethostname())
-    software.look(report, here)
-    gpus.look(report, settings, here, probe, limit_s)
-    nics.look(report, settings, here)
-    services.look(report, settings)
-    pairs.look(report, settings)
+    looks: dict[str, Callable[[], None]] = {
+        "software": lambda: software.look(report, here),
+        "gpu": lambda: gpus.look(report, settings, here, probe, limit_s),
+        "nics": lambda: nics.look(report, settings, here),
+        "services": lambda: services.look(report, settings),
+        "workers": lambda: pairs.look(report, settings),
+    }
+    for area, look in looks.items():
+        try:
+            look()
+        except Exception as error:  # the rest is worth knowing all the same
+            text = f"cannot be examined: {type(error).__name__}: {error}"
+            report.add(area, "broken", text, "See the error; `PDBATCH_DEBUG=1` shows where.")
+            if os.environ.get("PDBATCH_DEBUG") not in (None, "", "0"):
+                traceback.print_exc()
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -31,8 +32,9 @@ def look(report: Report, settings: Settings) -> None:
 
 
 def _home(report: Report, settings: Settings) -> None:
-    there = next(path for path in (settings.home, *settings.home.parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
+    above = (settings.home, *settings.home.parents)
+    there = next(path for path in above if os.access(path, os.F_OK))
+    if not os.access(there, os.W_OK | os.X_OK):
         text = f"the home {settings.home} cannot be written"
         report.add("home", "broken", text, "Set PDBATCH_HOME to a folder of yours.")
 
@@ -79,9 +81,8 @@ def _database(report: Report, settings: Settings) -> None:
 
 def _model(report: Report, settings: Settings) -> None:
     cache = settings.home / "models"
-    folders = sorted(path for path in cache.glob("*") if path.is_dir()) if cache.is_dir() else []
-    size = sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file())
-    kept = f"{len(folders)} converted in {cache} ({size / 1e9:.2f} GB)"
+    num_models, num_bytes = _kept(cache)
+    kept = f"{num_models} converted in {cache} ({num_bytes / 1e9:.2f} GB)"
     package = ALIAS_PACKAGES.get(settings.model)
     path = Path(settings.model).expanduser()
     if package and find_spec(package) is None:
@@ -93,6 +94,18 @@ def _model(report: Report, settings: Settings) -> None:
         report.add("model", "broken", text, "Set PDBATCH_MODEL to a folder, a GGUF file or a name.")
     else:
         report.add("model", "ok", f"{settings.model}; {kept}")
+
+
+def _kept(cache: Path) -> tuple[int, int]:
+    """Models in the cache, and their bytes; what cannot be read counts as nothing."""
+    num_models = num_bytes = 0
+    for folder, subfolders, files in os.walk(cache):
+        if Path(folder) == cache:
+            num_models = len(subfolders)
+        for name in files:
+            with contextlib.suppress(OSError):
+                num_bytes += (Path(folder) / name).stat().st_size
+    return num_models, num_bytes
 
 
 def _secret(report: Report, settings: Settings) -> None:

@@ -220,3 +220,15 @@ def test_a_prefill_worker_without_readers(settings: Settings, nothing: Any) -> N
 
 def test_the_doctor_knows_the_aliases() -> None:
     assert {alias: package for alias, (package, _) in ALIASES.items()} == ALIAS_PACKAGES
+
+
+def test_what_cannot_be_examined_keeps_nothing_else_from_it(
+    settings: Settings, nothing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("a surprise")
+
+    monkeypatch.setattr("pdbatch.doctor.nics.look", fail)
+    report = examine(settings, machine=nothing, probe=no_cuda)
+    assert "nics: cannot be examined: RuntimeError: a surprise" in texts(report, "broken")
+    assert "memory: " in texts(report, "ok") and "redis: " in texts(report, "ok")
