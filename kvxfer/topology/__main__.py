@@ -18,7 +18,9 @@ def main(arguments: list[str]) -> int:
         print(line)
         return 0
     why = "; ".join(f"{name}: {reason}" for name, reason in left_out(machine).items())
-    print(f"nothing to name ({why or 'no RDMA device'})", file=sys.stderr)
+    if not why:
+        why = "no GPU" if arguments[0] == "gpu" and machine.nics else "no RDMA device"
+    print(f"nothing to name ({why})", file=sys.stderr)
     return 1
 
 

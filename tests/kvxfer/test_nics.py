@@ -49,7 +49,9 @@ OURS = {
     ("pcie_box", "gpu"): NICS + "mlx5_0",
     ("pcie_box", "cpu"): NETDEV + "enp65s0f0np0",
     ("pcie_box", "cpu_ib"): NICS + "mlx5_0",
-    ("rxe_vm", "cpu_ib"): NICS + "rxe0",
+    ("rxe_vm", "cpu_ib"): NICS + "rxe0,rxe1",
+    ("rxe_joined", "cpu_ib"): NICS + "rxe0",
+    ("rxe_joined", "cpu"): NETDEV + "rd0",
 }
 
 
@@ -138,8 +140,9 @@ def test_without_switches_in_sight_the_cpu_node_decides(tmp_path: Path) -> None:
 
 def test_software_devices_serve_where_nothing_else_is(tmp_path: Path) -> None:
     found = machine("rxe_vm", tmp_path)
-    (rxe,) = usable(found)
-    assert rxe.emulated and rxe.netdev == "dummy0" and rxe.place.node == -1
+    rxe, other = usable(found)
+    assert rxe.emulated and rxe.netdev == "rd0" and rxe.place.node == -1
+    assert other.netdev == "rd1"
     assert [gid.index for gid in rxe.ports[0].gids] == [0, 1]  # the empty one is none
     beside = """
 devices/pci0000:40/0000:40:01.1/0000:41:00.0 | class=0x020000; vendor=0x15b3; numa_node=0
