@@ -14,10 +14,14 @@ from typing import Any, Protocol
 
 from sqlalchemy import (
     URL,
+    ColumnElement,
     Connection,
     Engine,
+    Float,
     create_engine,
     event,
+    literal,
+    literal_column,
 )
 
 BUSY_TIMEOUT_S = 30
@@ -45,6 +49,10 @@ class Dialect(Protocol):
 
     def now(self, conn: Connection) -> float:
         """Seconds since the epoch."""
+        ...
+
+    def clock(self) -> ColumnElement[float]:
+        """The same as an expression, for a statement that writes it."""
         ...
 
     def insert_requests(self, conn: Connection, rows: Sequence[RequestTuple]) -> None:
@@ -79,6 +87,9 @@ class Sqlite:
 
     def now(self, conn: Connection) -> float:
         return time.time()
+
+    def clock(self) -> ColumnElement[float]:
+        return literal(time.time(), Float())
 
     def insert_requests(self, conn: Connection, rows: Sequence[RequestTuple]) -> None:
         sql = f"INSERT INTO requests ({_REQUEST_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
@@ -134,11 +145,16 @@ class Postgres:
         url = self._url
         if "options" not in url.query:
             url = url.update_query_dict({"options": _POSTGRES_OPTIONS})
-        return create_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=20)
+        # No ping before each use, a round trip of its own: what fails on a connection that died
+        # in the pool runs again on another (`Database`), and the pool drops all of its age.
+        return create_engine(url, pool_size=5, max_overflow=20)
 
     def now(self, conn: Connection) -> float:
         sql = "SELECT extract(epoch FROM clock_timestamp())::float8"
         return float(conn.exec_driver_sql(sql).scalar_one())
+
+    def clock(self) -> ColumnElement[float]:
+        return _POSTGRES_CLOCK
 
     def insert_requests(self, conn: Connection, rows: Sequence[RequestTuple]) -> None:
         types = ["int8", "int8", "int4", "int4", "text", "text", "bytea"]
@@ -181,6 +197,9 @@ def _copy(conn: Connection, into: str, types: list[str], rows: Sequence[Sequence
             copy.write_row(row)
 
 
+_POSTGRES_CLOCK: ColumnElement[float] = literal_column(
+    "extract(epoch FROM clock_timestamp())::float8", Float()
+)
 _FROZEN_S = 5
 """A process that is stopped amid a transaction (SIGSTOP, a frozen machine) loses its locks after
 this, so that others can declare it dead and go on; when it wakes the transaction runs again."""

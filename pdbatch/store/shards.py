@@ -93,9 +93,9 @@ class Shards:
             "attempt": shard.attempt,
             "worker_id": worker,
             "state": str(AttemptState.RUNNING),
-            "started_at": self._db.dialect.now(conn),
         }
-        conn.execute(insert(ATTEMPTS), attempt)
+        query = insert(ATTEMPTS).values(started_at=self._db.dialect.clock())
+        conn.execute(query, attempt)
 
     def _left_to_run(self, conn: Connection, shard_id: int) -> list[ClaimedRequest]:
         rows = conn.execute(_LEFT_TO_RUN, {"shard": shard_id}).all()
