@@ -38,6 +38,7 @@ SCRIPT = {
     ("hgx_roce_bonds", "cpu"): NETDEV + "bond1",
     ("hgx_roce_bonds", "cpu_ib"): ALL_BONDS,
     ("no_rdma", "cpu"): NETDEV + "eth0",
+    ("two_gpu_vm", "cpu"): NETDEV + "eth0",
 }
 OURS = {
     ("dgx_h100", "gpu"): NICS + "mlx5_0,mlx5_3,mlx5_4,mlx5_5,mlx5_6,mlx5_9,mlx5_10,mlx5_11",
