@@ -22,7 +22,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -147,25 +147,21 @@ def main(argv: Sequence[str]) -> int:
             else:
                 one = lab.machine(nics=args.nics, num_cpus=args.cpus)
                 machine = stack.enter_context(one)
-            return _show(machine, args.command, args.seconds, {"CI": "false"})
+            done = machine.run(args.command, args.seconds, cwd=Path.cwd(), hears=_show)
+            return done.returncode
     except LabUnavailable as error:
         print(error, file=sys.stderr)
         return 2
+    except subprocess.TimeoutExpired as error:
+        print(error, file=sys.stderr)
+        return 124
     except MachineLost as error:
         print(error, file=sys.stderr)
         return 125
 
 
-def _show(
-    machine: Machine, command: Sequence[str], seconds: float, environ: Mapping[str, str]
-) -> int:
-    """Run it and print what it says, as it says it."""
-    process = machine.start(command, environ=environ, cwd=Path.cwd())
-    process.hears = lambda text: print(text, end="", flush=True)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return 124
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,11 @@ class MachineLost(Exception):
 class Process:
     """A command in a machine."""
 
-    def __init__(self, machine: Machine, number: int, argv: Sequence[str]) -> None:
-        self._machine, self._number = machine, number
+    def __init__(
+        self, machine: Machine, number: int, argv: Sequence[str], hears: Callable[[str], object]
+    ) -> None:
+        """`hears` is called with each piece of output."""
+        self._machine, self._number, self._hears = machine, number, hears
         self.args = list(argv)
         self.pid = 0
         self.status: int | None = None
@@ -51,8 +54,6 @@ class Process:
         """What it wrote to stderr, where that was asked to be apart."""
         self.num_signalled = 0
         self.lost = ""
-        self.hears: Callable[[str], object] = str
-        """Called with each piece of output that comes from now on."""
         self._heard = 0
 
     def line(self, timeout_s: float = 60) -> str:
@@ -150,7 +151,7 @@ class Machine:
     ) -> None:
         self.close()
 
-    def wait_ready(self, timeout_s: float = 120) -> None:
+    def wait_ready(self, timeout_s: float = 240) -> None:
         """Until it has come up. Raises MachineLost with what the kernel said."""
         try:
             self.wait_for(
@@ -168,12 +169,13 @@ class Machine:
         cwd: Path = PROJECT,
         environ: Mapping[str, str] | None = None,
         apart: bool = False,
+        hears: Callable[[str], object] = str,
     ) -> Process:
         """Run a command; `apart` keeps stderr out of its output."""
         self.wait_ready()
         with self._changed:
             self._number += 1
-            process = self._processes[self._number] = Process(self, self._number, argv)
+            process = self._processes[self._number] = Process(self, self._number, argv, hears)
         self.tell(
             {
                 "do": "start",
@@ -194,13 +196,15 @@ class Machine:
         *,
         cwd: Path = PROJECT,
         environ: Mapping[str, str] | None = None,
+        hears: Callable[[str], object] = str,
     ) -> subprocess.CompletedProcess[str]:
-        """A command to its end; stdout and stderr are both in `stdout`. A string is bash's.
+        """A command to its end; stdout and stderr are both in `stdout`, and `hears` is told them
+        as they come. A string is bash's.
 
         Raises MachineLost; subprocess.TimeoutExpired with the output so far, and it is killed.
         """
         words = ["/bin/bash", "-c", argv] if isinstance(argv, str) else list(argv)
-        process = self.start(words, cwd=cwd, environ=environ)
+        process = self.start(words, cwd=cwd, environ=environ, hears=hears)
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -279,7 +283,7 @@ class Machine:
             process.num_signalled += 1
         elif kind == "output":
             process.output += message["data"]
-            process.hears(message["data"])
+            process._hears(message["data"])
         elif kind == "errors":
             process.errors += message["data"]
         elif kind == "ended":

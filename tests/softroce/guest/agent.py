@@ -21,6 +21,7 @@ import codecs
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -145,7 +146,19 @@ def _await_stop(pid: int) -> None:
         time.sleep(0.001)
 
 
+def _await_host(number: int) -> None:
+    """A write to a port without a host would never come back. Raises TimeoutError."""
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    deadline = time.monotonic() + 30
+    while any(event & select.POLLHUP for _, event in poll.poll(1000)):
+        if time.monotonic() > deadline:
+            raise TimeoutError("there is no host")
+        time.sleep(0.05)
+
+
 if __name__ == "__main__":
     number = os.open(port(PORT), os.O_RDWR)
+    _await_host(number)
     with os.fdopen(number, "rb") as hears, os.fdopen(os.dup(number), "wb") as says:
         Agent(hears, says).serve()
