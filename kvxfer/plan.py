@@ -8,8 +8,6 @@ heads, each pair of blocks shares a few patterns of spans, and a plan names each
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 
@@ -34,8 +32,7 @@ class Move(NamedTuple):
         return len(self.pairs) * sum(span.num_bytes for span in self.spans)
 
 
-@dataclass(frozen=True)
-class ReadPlan:
+class ReadPlan(NamedTuple):
     """One read of one region into another. No two pieces overlap at the destination."""
 
     src_blocks: tuple[int, ...]
@@ -44,24 +41,24 @@ class ReadPlan:
     src_block_bytes: int
     dst_block_bytes: int
 
-    @cached_property
+    @property
     def num_bytes(self) -> int:
         """Bytes that are copied."""
         return sum(move.num_bytes for move in self.moves)
 
-    @cached_property
+    @property
     def is_whole(self) -> bool:
         """Whether blocks are copied from end to end and nothing else is done."""
         return self.src_block_bytes == self.dst_block_bytes and all(
             move.spans == (Span(0, 0, self.src_block_bytes),) for move in self.moves
         )
 
-    @cached_property
+    @property
     def last_block(self) -> int:
         """The highest source block; -1 where nothing is read."""
         return max(self.src_blocks, default=-1)
 
-    @cached_property
+    @property
     def last_dst_block(self) -> int:
         """The highest destination block; -1 where nothing is read."""
         return max((dst for move in self.moves for _, dst in move.pairs), default=-1)
@@ -73,10 +70,10 @@ class ReadPlan:
         """
         found: list[tuple[int, int, int]] = []
         at = to = size = 0
-        for move in self.moves:
-            for src_block, dst_block in move.pairs:
+        for spans, pairs in self.moves:
+            for src_block, dst_block in pairs:
                 src0, dst0 = src_block * self.src_block_bytes, dst_block * self.dst_block_bytes
-                for src, dst, num_bytes in move.spans:
+                for src, dst, num_bytes in spans:
                     if src0 + src == at + size and dst0 + dst == to + size:
                         size += num_bytes
                         continue

@@ -155,6 +155,7 @@ class _Process:
 
     def __init__(self, pid: int, start: str) -> None:
         self.pid, self._start = pid, start
+        self._polls: list[select.poll] = []
         self.pidfd = _open_pidfd(pid)
         if self.pidfd >= 0:
             weakref.finalize(self, os.close, self.pidfd).atexit = False
@@ -165,9 +166,14 @@ class _Process:
         """Whether it has ended."""
         if self.pidfd < 0:
             return start_time(self.pid) != self._start
-        poll = select.poll()  # one for each call: threads cannot share one
-        poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(0))
+        try:
+            poll = self._polls.pop()  # threads cannot share one
+        except IndexError:
+            poll = select.poll()
+            poll.register(self.pidfd, select.POLLIN)
+        gone = bool(poll.poll(0))
+        self._polls.append(poll)
+        return gone
 
 
 def start_time(pid: int) -> str:
