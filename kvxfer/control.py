@@ -13,6 +13,7 @@ ends with it: that is what `Session.closers` are for. Messages are never logged.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import socket
@@ -198,7 +199,7 @@ class ControlClient:
         """The error as a kind of ours."""
         host, port = self._where
         if isinstance(error, TimeoutError):
-            return TransferTimeout(f"{host} gave no answer in {timeout_s} s")
+            return TransferTimeout(f"{host} gave no answer in {timeout_s} s", errno=errno.ETIMEDOUT)
         if isinstance(error, OSError):
             return PeerLost(f"{host}: {error}", errno=error.errno)
         if isinstance(error, OverflowError):

@@ -13,6 +13,7 @@ page-locked memory. `rdma_settings` tells which variables are honoured.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -115,7 +116,9 @@ class RdmaTransport:
             link = None
             return stamp
         except TimeoutError as error:
-            raise TransferTimeout(f"{key[0]} gave no answer in {timeout_s} s") from error
+            raise TransferTimeout(
+                f"{key[0]} gave no answer in {timeout_s} s", errno=errno.ETIMEDOUT
+            ) from error
         except OSError as error:
             raise PeerLost(f"{key[0]}: {error}", errno=error.errno) from error
         finally:

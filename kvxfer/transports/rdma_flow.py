@@ -104,7 +104,10 @@ def wait(queues: Sequence[Queue], deadline: float, is_alive: Callable[[], bool])
             return
         now = time.monotonic()
         if now >= deadline:
-            raise TransferTimeout(f"{queues[0].device.nic}: a read did not end in the given time")
+            raise TransferTimeout(
+                f"{queues[0].device.nic}: a read did not end in the given time",
+                errno=errno.ETIMEDOUT,
+            )
         if now < awake:
             continue
         for queue in queues:
