@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvxfer.consumer import KVConsumer, PullStats
 from kvxfer.cuda import cuda_region
-from kvxfer.descriptor import KVDescriptor, token_hash
+from kvxfer.descriptor import KVDescriptor, KVPart, merge_parts, token_hash
 from kvxfer.errors import (
     AccessDenied,
     BadDescriptor,
@@ -30,6 +30,7 @@ from kvxfer.errors import (
     UnknownTransport,
     UnusableTransport,
 )
+from kvxfer.geometry import plan_reads
 from kvxfer.layout import KVLayout
 from kvxfer.memory_registry import MemoryRegistry
 from kvxfer.plan import Move, ReadPlan, Span, whole_blocks
@@ -52,6 +53,7 @@ __all__ = [
     "KVConsumer",
     "KVDescriptor",
     "KVLayout",
+    "KVPart",
     "KVProducer",
     "KVTransferError",
     "KVUsageError",
@@ -84,6 +86,8 @@ __all__ = [
     "UnknownTransport",
     "UnusableTransport",
     "cuda_region",
+    "merge_parts",
+    "plan_reads",
     "runs",
     "token_hash",
     "whole_blocks",

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from kvxfer.descriptor import KVDescriptor
+from kvxfer.descriptor import KVDescriptor, KVPart
 from kvxfer.errors import (
     KVUsageError,
-    LayoutMismatch,
     NoTransport,
-    PoolExhausted,
     StaleEpoch,
     StaleGeneration,
     TransferTimeout,
     TransportError,
 )
+from kvxfer.geometry import plan_reads
 from kvxfer.layout import KVLayout
-from kvxfer.plan import ReadPlan, whole_blocks
+from kvxfer.plan import ReadPlan
 from kvxfer.region import Region
 from kvxfer.transports.base import Stamp, Transport
 
 logger = logging.getLogger(__name__)
+
+_THREADS = 4
+"""Parts that are read at once beside the caller's own, of all pulls together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +36,23 @@ class PullStats:
     """What one pull took."""
 
     num_bytes: int
+    """Of all parts."""
     seconds: float
     transport: str
+    """Those that were used, joined by commas where parts came by different ones."""
+
+
+class _Read(NamedTuple):
+    """One part on its way."""
+
+    of: KVDescriptor
+    part: KVPart
+    plan: ReadPlan
+    deadline: float
 
 
 class KVConsumer:
-    """Pulls into one region, by the first transport (best first) that both ends have.
+    """Pulls into one region, each part by the first transport (best first) that both ends have.
 
     Safe to call from several threads at once, for different destination blocks.
     """
@@ -48,6 +64,8 @@ class KVConsumer:
             raise KVUsageError(f"blocks of {region.block_bytes}, layout of {layout.block_bytes}")
         self.region, self.layout = region, layout
         self._transports = list(transports)
+        self._threads: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
 
     def pull(
         self,
@@ -57,50 +75,77 @@ class KVConsumer:
         skip_blocks: int = 0,
         timeout_s: float = 20.0,
     ) -> PullStats:
-        """Copies the descriptor's blocks from `skip_blocks` on into `dst_block_ids`.
+        """Copies the KV from our block `skip_blocks` on into `dst_block_ids`.
 
-        Returns only if layout, epoch and the generation of every copied block are proved, the
-        latter two after the last byte came. Raises LayoutMismatch, PoolExhausted, BadDescriptor
-        (an address that makes no sense), KVUsageError (blocks that are not in our region),
-        StaleEpoch, StaleGeneration, TransportError and its kinds; the destination then holds
-        nothing of use. What the tokens are is the caller's to prove: `descriptor.prove_tokens`.
+        Producer and reader may differ in block size and in ranks (`kvxfer.geometry`); parts of
+        several ranks are read side by side. Returns only if layout, epoch and the generation of
+        every block that was read are proved, the latter two after the last byte came. Raises
+        LayoutMismatch, PoolExhausted, BadDescriptor (an address that makes no sense, a rank that
+        is missing), KVUsageError (blocks that are not in our region), StaleEpoch, StaleGeneration,
+        TransportError and its kinds; the destination then holds nothing of use. What the tokens
+        are is the caller's to prove: `descriptor.prove_tokens`.
         """
-        if descriptor.layout != self.layout.fingerprint:
-            raise LayoutMismatch(
-                f"the producer's layout is {descriptor.layout}, ours {self.layout.fingerprint}"
-            )
-        if skip_blocks < 0:
-            raise KVUsageError(f"{skip_blocks} blocks to skip")
-        source = descriptor.block_ids[skip_blocks:]
-        if len(dst_block_ids) != len(source):
-            raise PoolExhausted(f"{len(source)} blocks to pull, {len(dst_block_ids)} to put them")
+        reads = plan_reads(descriptor, self.layout, dst_block_ids, skip_blocks)
         self.region.check(dst_block_ids)
         start = time.perf_counter()
-        if not source:
+        if not reads:
             return PullStats(0, 0.0, "none")
-        plan = whole_blocks(source, dst_block_ids, self.layout.block_bytes)
-        stamp, name = self._read(descriptor, plan, start + timeout_s)
-        prove(descriptor, stamp, skip_blocks)
-        num_bytes = len(source) * self.layout.block_bytes
-        return PullStats(num_bytes, time.perf_counter() - start, name)
+        deadline = start + timeout_s
+        todo = [_Read(descriptor, descriptor.parts[index], plan, deadline) for index, plan in reads]
+        names = [self._part(todo[0])] if len(todo) == 1 else self._side_by_side(todo)
+        num_bytes = sum(plan.num_bytes for _, plan in reads)
+        return PullStats(num_bytes, time.perf_counter() - start, ",".join(dict.fromkeys(names)))
 
     def close(self) -> None:
         """Let go of what was opened at peers."""
         for transport in self._transports:
             transport.close()
+        with self._lock:
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown()
 
-    def _read(self, descriptor: KVDescriptor, plan: ReadPlan, deadline: float) -> tuple[Stamp, str]:
+    def _side_by_side(self, reads: Sequence[_Read]) -> list[str]:
+        """All parts, the first one here. When it returns or raises, none is under way."""
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvxfer-part")
+            threads = self._threads
+        others = [threads.submit(self._part, read) for read in reads[1:]]
+        asked: list[Callable[[], str]] = [lambda: self._part(reads[0])]
+        asked += [other.result for other in others]
+        names, failed = [], None
+        for ask in asked:
+            try:
+                names.append(ask())
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            try:
+                raise failed
+            finally:
+                del failed, others, asked, ask
+        return names
+
+    def _part(self, read: _Read) -> str:
+        """Read and prove one part; by which transport."""
+        stamp, name = self._read(read)
+        prove(read.of.id, read.part, read.plan, stamp)
+        return name
+
+    def _read(self, read: _Read) -> tuple[Stamp, str]:
+        descriptor, part = read.of, read.part
         failed: TransportError | None = None
         for transport in self._transports:
-            address = descriptor.endpoints.get(transport.name)
+            address = part.endpoints.get(transport.name)
             if address is None or not transport.reaches(address, descriptor.host):
                 continue
-            left_s = deadline - time.perf_counter()
+            left_s = read.deadline - time.perf_counter()
             if left_s <= 0:
                 failed = failed or TransferTimeout("no time was left to begin")
                 break
             try:
-                found = transport.read(address, plan, self.region, left_s)
+                found = transport.read(address, read.plan, self.region, left_s)
                 return found, transport.name
             except TransportError as error:
                 failed = error
@@ -118,16 +163,16 @@ class KVConsumer:
             finally:
                 del failed  # else this frame and the error keep each other, and a peer's mapping
         ours = [transport.name for transport in self._transports]
-        raise NoTransport(f"the producer offers {list(descriptor.endpoints)}, we have {ours}")
+        raise NoTransport(f"the producer offers {list(part.endpoints)}, we have {ours}")
 
 
-def prove(descriptor: KVDescriptor, stamp: Stamp, skip_blocks: int = 0) -> None:
+def prove(handoff_id: str, part: KVPart, plan: ReadPlan, stamp: Stamp) -> None:
     """Raises StaleEpoch or StaleGeneration unless the bytes are those that were published."""
-    if stamp.epoch != descriptor.epoch:
+    if stamp.epoch != part.epoch:
         raise StaleEpoch(
-            f"{descriptor.id} was published in epoch {descriptor.epoch}, now it is {stamp.epoch}"
+            f"{handoff_id} was published in epoch {part.epoch}, now it is {stamp.epoch}"
         )
-    expected = descriptor.generations[skip_blocks:]
+    expected = part.generations[len(part.generations) - len(plan.src_blocks) :]
     if tuple(stamp.generations) != expected:
         changed = sum(a != b for a, b in zip(stamp.generations, expected, strict=True))
-        raise StaleGeneration(f"{changed} of {len(expected)} blocks of {descriptor.id} were reused")
+        raise StaleGeneration(f"{changed} of {len(expected)} blocks of {handoff_id} were reused")

@@ -1,5 +1,8 @@
 """The end that has the KV: pins blocks, describes them, lets them go.
 
+With several ranks each has a producer of its own, whose layout tells its rank; `merge_parts` joins
+what they made of one prompt.
+
 From `pin` to `unpin` (or `reset`) the blocks belong to the producer: nobody may write to them or
 give them away. Called by the engine's thread; the descriptors travel to readers by other means.
 """
@@ -11,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from kvxfer.descriptor import KVDescriptor, token_hash
+from kvxfer.descriptor import KVDescriptor, KVPart, token_hash
 from kvxfer.errors import KVTransferError, KVUsageError
 from kvxfer.layout import KVLayout
 from kvxfer.region import Region
@@ -61,27 +64,35 @@ class KVProducer:
         payload: bytes = b"",
     ) -> KVDescriptor:
         """The blocks hold the KV of `token_ids`, the last one perhaps in part. Raises KVUsageError
-        for an id that is pinned already, for too few blocks, for one that the region has not."""
+        for an id that is pinned already, for too few or too many blocks, for one that the region
+        has not."""
         blocks = tuple(block_ids)
         self.region.check(blocks)
-        if len(blocks) * self.layout.block_size < len(token_ids):
-            raise KVUsageError(f"{len(blocks)} blocks cannot hold {len(token_ids)} tokens")
+        if len(blocks) != -(-len(token_ids) // self.layout.block_size):
+            size = self.layout.block_size
+            raise KVUsageError(f"{len(blocks)} blocks of {size} for {len(token_ids)} tokens")
         with self._lock:
             if handoff_id in self._pinned:
                 raise KVUsageError(f"{handoff_id} is pinned already")
             self._pinned[handoff_id] = blocks
+        part = KVPart(
+            rank=self.layout.tp_rank,
+            epoch=self.region.epoch,
+            block_ids=blocks,
+            generations=tuple(self.region.stamps(blocks)),
+            endpoints=self.endpoints,
+        )
         return KVDescriptor(
             id=handoff_id,
             producer=self.producer,
             host=self.host,
-            epoch=self.region.epoch,
             layout=self.layout.fingerprint,
-            block_ids=blocks,
-            generations=tuple(self.region.stamps(blocks)),
+            block_size=self.layout.block_size,
+            tp_size=self.layout.tp_size,
+            parts=(part,),
             num_tokens=len(token_ids),
             token_hash=token_hash(token_ids),
             num_bytes=len(blocks) * self.layout.block_bytes,
-            endpoints=self.endpoints,
             payload=payload,
             created_at=time.time(),
         )

@@ -186,10 +186,12 @@ def together(work: Sequence[Callable[[], object]], timeout_s: float = 60.0) -> l
 
 
 def at(descriptor: KVDescriptor, endpoints: Mapping[str, Mapping[str, Any]]) -> KVDescriptor:
-    """The same, said to be elsewhere."""
-    return replace(descriptor, endpoints=endpoints)
+    """The same of one rank, said to be elsewhere."""
+    (part,) = descriptor.parts
+    return replace(descriptor, parts=(replace(part, endpoints=endpoints),))
 
 
 def of_blocks(descriptor: KVDescriptor, block_ids: Sequence[int]) -> KVDescriptor:
-    """The same, said to be in other blocks."""
-    return replace(descriptor, block_ids=tuple(block_ids))
+    """The same of one rank, said to be in other blocks."""
+    (part,) = descriptor.parts
+    return replace(descriptor, parts=(replace(part, block_ids=tuple(block_ids)),))

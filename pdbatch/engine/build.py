@@ -104,6 +104,7 @@ def kv_layout(loaded: LoadedModel, shape: KVShape) -> KVLayout:
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        order="head_major",
     )
 
 

@@ -9,7 +9,8 @@ Who owns a block, as half-open intervals:
 
 What proves that the KV is the right one:
 
-    before the read    layout's fingerprint; the payload's prompt hashes to the descriptor's hash
+    before the read    layout's fingerprint (block sizes may differ: `kvxfer.geometry`); the
+                       payload's prompt hashes to the descriptor's hash
     after the read     the producer's epoch and every block's generation are what they were when
                        the blocks were pinned; the prompt's hash once more
 
@@ -209,12 +210,8 @@ class KVTransfers:
         if descriptor.layout != self._layout.fingerprint:
             message = f"it has layout {descriptor.layout}, ours is {self._layout.fingerprint}"
             raise PullRefused("LayoutMismatch", message, key)
-        blocks = -(-len(prompt) // self._layout.block_size)
-        if descriptor.num_tokens != len(prompt) or len(descriptor.block_ids) != blocks:
-            message = (
-                f"{len(prompt)} tokens in the payload, {descriptor.num_tokens} in the descriptor, "
-                f"{len(descriptor.block_ids)} blocks"
-            )
+        if descriptor.num_tokens != len(prompt):
+            message = f"{len(prompt)} tokens in the payload, {descriptor.num_tokens} described"
             raise PullRefused("BadDescriptor", message, key)
         return Incoming(adoption.handoff_id, payload, prompt, descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import select
@@ -152,6 +153,28 @@ def test_a_pair_gives_what_one_engine_gives(model, transport, caching, sampling)
     pair.close()
 
 
+@pytest.mark.parametrize("transport", ["mem", "shm", "tcp"])
+@pytest.mark.parametrize(("theirs", "ours"), [(16, 32), (16, 8), (4, 64), (64, 4)])
+def test_block_sizes_may_differ(model, transport, theirs, ours) -> None:
+    """Leading blocks that the reader has already are counted in its own blocks."""
+    requests = make_requests(10, temperature=0)
+    ways = {"kv_transport": (transport,), "num_blocks": 160}
+    prefill = engine("prefill", model, block_size=theirs, **ways)
+    decode = engine("decode", model, block_size=ours, **ways)
+    assert prefill.info.layout == decode.info.layout
+    pair = Pair(prefill, decode)
+    pair.run(requests)
+    assert {key: token_ids(output) for key, output in pair.outputs.items()} == alone(
+        model, requests
+    )
+    per_token = decode.info.block_bytes // ours
+    everything = sum(len(r.spec.prompt_token_ids) for r in requests) * per_token
+    saved = everything - decode.stats().pulled_bytes
+    assert saved >= (0 if ours == 64 else 4 * (40 // ours) * ours * per_token)
+    assert not pair.codes
+    pair.close()
+
+
 def test_every_fault_ends_in_a_new_prefill_and_the_same_tokens(model) -> None:
     way = MemTransport()
     prefill = engine("prefill", model)
@@ -224,7 +247,7 @@ def test_abort_and_reset_while_pulls_are_under_way(model) -> None:
 
 
 def test_garbage_and_foreign_layouts_are_refused(model) -> None:
-    prefill = engine("prefill", model, block_size=16)
+    prefill = engine("prefill", dataclasses.replace(model, name="another"))
     decode = engine("decode", model)
     decode.handle(Adopt([Adoption("job:7/x", b"no descriptor")]))
     (failed,) = decode.step()

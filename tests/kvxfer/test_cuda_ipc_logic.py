@@ -131,7 +131,7 @@ class TestDirect(_Faked):
     def test_an_address_of_another_device_is_refused(self) -> None:
         with self.pair() as pair:
             found = pair.offer([1])
-            address = {**found.endpoints["cuda_ipc"], "device": "GPU-b"}
+            address = {**found.parts[0].endpoints["cuda_ipc"], "device": "GPU-b"}
             with pytest.raises(BadDescriptor):
                 pair.consumer.pull(at(found, {"cuda_ipc": address}), [0])
 

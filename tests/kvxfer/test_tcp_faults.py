@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 
@@ -26,6 +25,7 @@ from kvxfer import (
     TransferTimeout,
     TransportError,
 )
+from kvxfer.testing.harness import at
 from kvxfer.testing.proxy import NetFault, Proxy
 from kvxfer.transports import wire
 from kvxfer.transports.tcp_server import PIECE, REQUEST
@@ -61,12 +61,12 @@ class Ends:
         )
         self.consumer = KVConsumer(self.mine, [TcpTransport(SECRET)], layout=layout)
         self.direct = self.producer.pin("x", BLOCKS, range(4))
-        address = self.direct.endpoints["tcp"]
+        address = self.direct.parts[0].endpoints["tcp"]
         self.proxy = Proxy(address["host"], address["port"])
 
     def through(self) -> KVDescriptor:
-        address = {**self.direct.endpoints["tcp"], "port": self.proxy.port}
-        return replace(self.direct, endpoints={"tcp": address})
+        address = {**self.direct.parts[0].endpoints["tcp"], "port": self.proxy.port}
+        return at(self.direct, {"tcp": address})
 
     def pull(self, timeout_s: float = 10.0) -> None:
         self.mine.buffer[:] = bytes(len(self.mine.buffer))
@@ -179,7 +179,7 @@ def test_a_stopped_reader_costs_other_readers_nothing() -> None:
 @pytest.mark.parametrize("says", ["nothing", "half a handshake", "half a request", "no recv"])
 def test_readers_that_stall_lose_their_connection_after_the_patience(says: str) -> None:
     with ends(head_dim=4 << 20, patience_s=0.3) as both:
-        address = both.direct.endpoints["tcp"]
+        address = both.direct.parts[0].endpoints["tcp"]
         with socket.create_connection((address["host"], address["port"])) as sock:
             wait_for(lambda: num_peers() == 1)
             if says == "half a handshake":

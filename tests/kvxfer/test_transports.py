@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ from kvxfer import (
 )
 from kvxfer.testing import TransportSuite
 from kvxfer.testing.checks import holdings, settles
-from kvxfer.testing.harness import LARGE, LAYOUTS, NUM_BLOCKS
+from kvxfer.testing.harness import LARGE, LAYOUTS, NUM_BLOCKS, at
 from kvxfer.transports import Fault
 
 
@@ -82,9 +81,9 @@ class TestShm(TransportSuite):
         """A new region where the old one's file was, with equal shape, epoch and generations."""
         with self.pair() as pair:
             described = pair.offer([1])
-            number = described.endpoints["shm"]["fd"]
+            number = described.parts[0].endpoints["shm"]["fd"]
             pair.source.close()
-            usurper = Region(NUM_BLOCKS, pair.layout.block_bytes, epoch=described.epoch)
+            usurper = Region(NUM_BLOCKS, pair.layout.block_bytes, epoch=described.parts[0].epoch)
             if usurper.fd != number:
                 os.dup2(usurper.fd, number)
             with pytest.raises(PeerLost, match="no longer the region"):
@@ -127,7 +126,7 @@ class TestShm(TransportSuite):
     def test_a_reused_process_id_is_another_process(self) -> None:
         with self.pair() as pair:
             described = pair.offer([1])
-            start = described.endpoints["shm"]["start"]
+            start = described.parts[0].endpoints["shm"]["start"]
             text = described.to_json().replace(f'"{start}"'.encode(), b'"1"')
             with pytest.raises(PeerLost, match="is gone"):
                 pair.consumer.pull(KVDescriptor.from_json(text), [0])
@@ -183,7 +182,7 @@ class TestTcp(TransportSuite):
     def test_another_service_on_the_port_is_a_lost_peer(self) -> None:
         with self.pair() as pair, socket.create_server(("127.0.0.1", 0)) as other:
             found = pair.offer([1])
-            endpoints = {"tcp": {**found.endpoints["tcp"], "port": other.getsockname()[1]}}
+            endpoints = {"tcp": {**found.parts[0].endpoints["tcp"], "port": other.getsockname()[1]}}
 
             def greet() -> None:
                 with other.accept()[0] as sock:
@@ -194,14 +193,14 @@ class TestTcp(TransportSuite):
             thread = threading.Thread(target=greet)
             thread.start()
             with pytest.raises(PeerLost, match="something else"):
-                pair.consumer.pull(replace(found, endpoints=endpoints), [0])
+                pair.consumer.pull(at(found, endpoints), [0])
             thread.join()
 
     def test_the_secret_is_neither_sent_nor_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(0)
         with self.pair() as pair, socket.create_server(("127.0.0.1", 0)) as proxy:
             found = pair.offer([1])
-            real = found.endpoints["tcp"]
+            real = found.parts[0].endpoints["tcp"]
             seen = bytearray()
 
             def carry(source: socket.socket, target: socket.socket) -> None:
@@ -223,7 +222,7 @@ class TestTcp(TransportSuite):
             thread = threading.Thread(target=between)
             thread.start()
             endpoints = {"tcp": {**real, "port": proxy.getsockname()[1]}}
-            pair.consumer.pull(replace(found, endpoints=endpoints), [0])
+            pair.consumer.pull(at(found, endpoints), [0])
             pair.assert_equal([1], [0])
             pair.consumer.close()
             thread.join(10)
@@ -237,7 +236,7 @@ class TestTcp(TransportSuite):
         with self.pair() as pair:
             found = pair.offer([1])
             gone = {"pid": 2**22 + 1, "start": "1", "fd": 3, "region": "00"}
-            both = replace(found, endpoints={"shm": gone, **found.endpoints})
+            both = at(found, {"shm": gone, **found.parts[0].endpoints})
             pair.consumer._transports.insert(0, ShmTransport("here"))
             assert pair.consumer.pull(both, [0]).transport == "tcp"
             assert "shm failed (PeerLost, errno" in caplog.text
