@@ -10,7 +10,10 @@ from collections.abc import Mapping
 
 from kvxfer import Transport
 from kvxfer.testing import TransportSuite
+from kvxfer.testing.equality import EqualitySuite
+from kvxfer.testing.proofs import ProofSuite
 from kvxfer.transports.rdma import RdmaTransport
+from kvxfer.transports.rdma_settings import RdmaSettings
 from tests.softroce.inside.counts import resources
 
 
@@ -29,3 +32,8 @@ class TestRdma(TransportSuite):
 
     def test_torch_was_never_loaded(self) -> None:
         assert "torch" not in sys.modules
+
+
+class TestTwoNics(EqualitySuite, ProofSuite):
+    def make(self) -> Transport:
+        return RdmaTransport("open sesame", settings=RdmaSettings(nics=("rxe0", "rxe1")))

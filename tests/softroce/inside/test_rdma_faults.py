@@ -1,6 +1,7 @@
 """Each fault ends in its own error within the configured time, and 200 of them leave nothing.
 
-On one Soft-RoCE device; what needs a second machine (its link down, its reset) is in two/.
+On one Soft-RoCE device; what needs a second machine (its link down, its reset) is in
+test_two_rdma_losses.py.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tests.softroce.inside.nursery import Nursery, kill
 
 LAYOUT = LAYOUTS[0]
 TIMEOUT_S = 10.0
-SETTINGS = RdmaSettings(ib_timeout=14)
+SETTINGS = RdmaSettings(nics=("rxe0",), ib_timeout=14)
 NUM_FAULTS = 200
 
 

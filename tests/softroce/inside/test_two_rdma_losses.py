@@ -20,7 +20,7 @@ from kvxfer.transports.rdma import RdmaTransport
 from kvxfer.transports.rdma_settings import RdmaSettings
 from tests.softroce.inside.counts import resources
 from tests.softroce.inside.lab_hooks import LAB, Peer, own_link
-from tests.softroce.inside.two.test_rdma_across import PEER_CODE
+from tests.softroce.inside.test_two_rdma import PEER_CODE
 
 LAYOUT = LAYOUTS[0]
 ONES = b"\x01" * LAYOUT.block_bytes
@@ -31,7 +31,7 @@ class Reader:
     """On this machine; the producer is on the other."""
 
     def __init__(self, ib_timeout: int) -> None:
-        settings = RdmaSettings(ib_timeout=ib_timeout)
+        settings = RdmaSettings(nics=("rxe0",), ib_timeout=ib_timeout)
         self.pool = Region(8, LAYOUT.block_bytes)
         way = RdmaTransport("open sesame", settings=settings)
         self.consumer = KVConsumer(self.pool, [way], layout=LAYOUT)
