@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 GUEST = Path(__file__).resolve().parent / "guest"
 _META = "linux-image-amd64"
-_IMAGE = re.compile(r"linux-image-(\d[\d.]*)-(\d+)-amd64")
+_IMAGE = re.compile(r"linux-image-\d+\.\d+\.\d+(?:-\d+|\+deb\d+)-amd64(?![\w-])")
+"""linux-image-6.1.0-56-amd64, linux-image-6.12.57+deb13-amd64; not the meta-packages"""
 _MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_rng")
 _APPLETS = ("sh", "mount", "insmod", "mkdir", "echo", "switch_root", "sleep")
 
@@ -101,7 +102,7 @@ def _package() -> str:
     """What the meta-package asks for; the newest there is where that is not known."""
     for words in (
         ("depends", _META),
-        ("search", "--names-only", r"^linux-image-[0-9.]+-[0-9]+-amd64$"),
+        ("search", "--names-only", r"^linux-image-[0-9].*-amd64$"),
     ):
         try:
             said = subprocess.run(["apt-cache", *words], capture_output=True, text=True).stdout
