@@ -14,13 +14,14 @@ Connections are kept for the next read.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvxfer.errors import BadDescriptor, KVUsageError, PeerLost, Revoked, TransferTimeout
 from kvxfer.plan import ReadPlan
@@ -31,7 +32,6 @@ from kvxfer.transports.bounce import Bounces
 from kvxfer.transports.tcp_server import (
     BAD,
     NO_EPOCH,
-    PIECE,
     REQUEST,
     REVOKED,
     STATUS_BYTES,
@@ -64,7 +64,7 @@ class TcpTransport:
         self._secret, self._patience_s = secret.encode(), patience_s
         self._listen = (listen_host, port)
         self._server: TcpServer | None = None
-        self._idle: defaultdict[tuple[str, int], list[socket.socket]] = defaultdict(list)
+        self._idle: defaultdict[tuple[str, int], list[_Line]] = defaultdict(list)
         self._bounces = Bounces()
         self._closes = 0
         self._lock = threading.Lock()
@@ -94,10 +94,11 @@ class TcpTransport:
         where = (text(address, "host"), number(address, "port"))
         request, pieces = _request(text(address, "region"), plan)
         deadline = time.monotonic() + timeout_s
-        sock = None
+        line = None
         closes = self._closes
         try:
-            sock = self._connection(where, deadline)
+            line = self._connection(where, deadline)
+            sock = line.sock
             if destination.device == "cpu":
                 views = [destination.buffer[dst : dst + size] for dst, size in pieces]
                 stamp = _ask(sock, request, views, len(plan.src_blocks), deadline)
@@ -106,8 +107,8 @@ class TcpTransport:
                     room = bounce.to_device(pieces)
                     stamp = _ask(sock, request, room, len(plan.src_blocks), deadline)
         except BaseException as error:
-            if sock is not None:
-                sock.close()
+            if line is not None:
+                line.sock.close()
             if isinstance(error, TimeoutError):
                 raise TransferTimeout(f"{where[0]} gave no answer in {timeout_s} s") from error
             if isinstance(error, OSError):
@@ -115,14 +116,14 @@ class TcpTransport:
             if isinstance(error, OverflowError):
                 raise BadDescriptor(f"port {where[1]}") from error
             raise
-        self._keep(where, sock, closes)
+        self._keep(where, line, closes)
         return stamp
 
     def close(self) -> None:
         """See `Transport`."""
         with self._lock:
             server, self._server = self._server, None
-            idle = [sock for kept in self._idle.values() for sock in kept]
+            idle = [line.sock for kept in self._idle.values() for line in kept]
             self._idle.clear()
             self._closes += 1
         for sock in idle:
@@ -131,18 +132,18 @@ class TcpTransport:
             server.close()
         self._bounces.close()
 
-    def _connection(self, where: tuple[str, int], deadline: float) -> socket.socket:
+    def _connection(self, where: tuple[str, int], deadline: float) -> _Line:
         while True:
             with self._lock:
                 kept = self._idle.get(where)
-                sock = kept.pop() if kept else None
+                line = kept.pop() if kept else None
                 if kept is not None and not kept:
                     del self._idle[where]
-            if sock is None:
+            if line is None:
                 break
-            if _is_quiet(sock):
-                return sock
-            sock.close()
+            if not line.poll.poll(0):
+                return line
+            line.sock.close()  # the peer ended it, or says what nobody asked for
         sock = socket.create_connection(where, timeout=wire.left(deadline))
         try:
             wire.prepare(sock)
@@ -150,15 +151,25 @@ class TcpTransport:
         except BaseException:
             sock.close()
             raise
-        return sock
+        line = _Line(sock, select.poll())
+        line.poll.register(sock, select.POLLIN)
+        return line
 
-    def _keep(self, where: tuple[str, int], sock: socket.socket, closes: int) -> None:
+    def _keep(self, where: tuple[str, int], line: _Line, closes: int) -> None:
         """For the next read, unless the transport was closed meanwhile or there are enough."""
         with self._lock:
             if closes == self._closes and len(self._idle[where]) < _IDLE_KEPT:
-                self._idle[where].append(sock)
+                self._idle[where].append(line)
                 return
-        sock.close()
+        line.sock.close()
+
+
+class _Line(NamedTuple):
+    """A connection after its handshake."""
+
+    sock: socket.socket
+    poll: select.poll
+    """Tells whether an idle one is still there: no end and no byte waits in it."""
 
 
 def _request(region: str, plan: ReadPlan) -> tuple[bytes, list[tuple[int, int]]]:
@@ -168,12 +179,17 @@ def _request(region: str, plan: ReadPlan) -> tuple[bytes, list[tuple[int, int]]]
     """
     wanted, blocks = plan.pieces(), plan.src_blocks
     try:
-        parts = [REQUEST.pack(region.encode("ascii"), len(wanted), len(blocks))]
-        parts += [PIECE.pack(src, num_bytes) for src, _, num_bytes in wanted]
-        parts.append(struct.pack(f"!{len(blocks)}I", *blocks))
+        request = struct.pack(
+            f"{REQUEST.format}{2 * len(wanted)}Q{len(blocks)}I",
+            region.encode("ascii"),
+            len(wanted),
+            len(blocks),
+            *(number for src, _, num_bytes in wanted for number in (src, num_bytes)),
+            *blocks,
+        )
     except (struct.error, UnicodeEncodeError) as error:
         raise BadDescriptor(f"region {region!r}, blocks: {error}") from error
-    return b"".join(parts), [(dst, num_bytes) for _, dst, num_bytes in wanted]
+    return request, [(dst, num_bytes) for _, dst, num_bytes in wanted]
 
 
 def _ask(
@@ -213,14 +229,3 @@ def _refusal(status: bytes) -> None:
         raise Revoked("the peer no longer lets that region be read")
     if status == BAD:
         raise BadDescriptor("the peer has no such blocks")
-
-
-def _is_quiet(sock: socket.socket) -> bool:
-    """Whether an idle connection is still there: no end and no byte waits in it."""
-    try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

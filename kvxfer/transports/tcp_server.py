@@ -114,9 +114,8 @@ class TcpServer:
         if region is None or not region.open:
             sock.sendall(REVOKED)
             return False
-        if any(first + size > region.num_bytes for first, size in asked.pieces) or any(
-            block >= region.num_blocks for block in asked.blocks
-        ):
+        end = max((first + size for first, size in asked.pieces), default=0)
+        if end > region.num_bytes or max(asked.blocks, default=-1) >= region.num_blocks:
             sock.sendall(BAD)
             return False
         if region.device == "cpu":
