@@ -136,6 +136,27 @@ def test_attention_is_that_of_the_book(kind, heads, window, softcap, dtype, devi
     assert error < (1e-5 if dtype == torch.float32 else 1.2e-2), f"relative error {error:.2e}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_number_of_queries_after_a_prefix(device: str, dtype: torch.dtype) -> None:
+    """Also those that leave one row for a kernel's last tile."""
+    torch.manual_seed(0)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    for queries in (1, 2, 31, 32, 33, 63, 64, 65, 66, 97, 128, 129, 193, 705):
+        keys = queries + 130
+        q = torch.randn(2, 3, queries, 64)
+        k, v = torch.randn(2, 2, keys, 64)
+        seen = torch.ones(queries, keys).tril(keys - queries).bool()
+        mask = torch.zeros(queries, keys).masked_fill(~seen, float("-inf"))
+        given = [x.to(device, dtype) for x in (q, k, v, mask)]
+        found = paged.chunk_attention(*given, 0.125, None).double().cpu()
+        exact_q, exact_k, exact_v = (x.double().cpu() for x in given[:3])
+        scores = torch.einsum("hgqd,hcd->hgqc", exact_q, exact_k) * 0.125
+        probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        expected = torch.einsum("hgqc,hcd->hgqd", probs, exact_v)
+        assert (found - expected).abs().max() < bound, queries
+
+
 def test_new_keys_and_values_go_to_their_slots_and_nowhere_else() -> None:
     case = Case(1, 2, 2, 16, torch.float32, "cpu")
     batch = case.build([(12, 1), (0, 9)])

@@ -22,6 +22,9 @@ from pdbatch.engine.model_input import ModelInput
 
 _TILE = 128
 """Queries of a chunk whose scores are held at once where no fused kernel serves."""
+_TORN_ROWS = 32
+"""CUDA's fused kernel with a mask takes queries in tiles of 64 (or 32) rows, and where one row is
+left for the last tile it gives that row a wrong mask (seen with torch 2.11): one row is added."""
 _TILED_PAIRS = 16384
 """Queries times keys from which tiles are faster than the fused kernel (half precision, CPU)."""
 
@@ -176,11 +179,15 @@ def chunk_attention(
     slow = q_HGqD.device.type == "cpu" and q_HGqD.dtype != torch.float32
     if softcap is not None or (slow and pairs >= _TILED_PAIRS):
         return _tiled(q_HGqD, k_HcD, v_HcD, mask_qc, scaling, softcap)
-    groups = q_HGqD.shape[1]
+    groups, queries = q_HGqD.shape[1:3]
     k, v = (x.unsqueeze(1).expand(-1, groups, -1, -1) for x in (k_HcD, v_HcD))
-    return F.scaled_dot_product_attention(
+    if mask_qc is not None and q_HGqD.device.type == "cuda" and queries % _TORN_ROWS == 1:
+        q_HGqD = torch.cat([q_HGqD, q_HGqD[:, :, -1:]], 2)
+        mask_qc = torch.cat([mask_qc, mask_qc[-1:]])
+    out = F.scaled_dot_product_attention(
         q_HGqD, k, v, attn_mask=mask_qc, is_causal=mask_qc is None, scale=scaling
     )
+    return out[:, :, :queries]
 
 
 def _tiled(
