@@ -41,6 +41,8 @@ from kvxfer.registry import Claim, Ended, Publication, Registry
 from kvxfer.transports import MemTransport, ShmTransport, TcpTransport
 from kvxfer.transports.base import Stamp, Transport
 from kvxfer.transports.cuda_ipc import CudaIpcTransport
+from kvxfer.transports.rdma import RdmaTransport
+from kvxfer.transports.rdma_settings import RdmaSettings
 
 __all__ = [
     "AccessDenied",
@@ -67,6 +69,8 @@ __all__ = [
     "ProofFailed",
     "Publication",
     "PullStats",
+    "RdmaSettings",
+    "RdmaTransport",
     "ReadPlan",
     "RedisRegistry",
     "Region",

@@ -200,6 +200,8 @@ class ControlClient:
         host, port = self._where
         if isinstance(error, TimeoutError):
             return TransferTimeout(f"{host} gave no answer in {timeout_s} s", errno=errno.ETIMEDOUT)
+        if isinstance(error, socket.gaierror):
+            return PeerLost(f"{host}: {error}", errno=errno.EHOSTUNREACH)
         if isinstance(error, OSError):
             return PeerLost(f"{host}: {error}", errno=error.errno)
         if isinstance(error, OverflowError):
