@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.softroce.kernel import LabUnavailable
-from tests.softroce.lab import Lab
+from tests.softroce.lab import Lab, show
 from tests.softroce.machine import PROJECT, Machine
 
 INSIDE = Path(__file__).resolve().parent / "inside"
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
             machine, _ = stack.enter_context(pair)
         else:
             machine = stack.enter_context(lab.machine(nics=NUM_NICS, num_cpus=args.cpus))
-        outcome = run_tests(machine, arguments, args.seconds, lambda text: print(text, end=""))
+        outcome = run_tests(machine, arguments, args.seconds, show)
     return min(1, outcome.num_failed)
 
 

@@ -130,7 +130,10 @@ def _initrd(root: Path, version: str) -> Path:
     busybox = shutil.which("busybox")
     if busybox is None:
         raise LabUnavailable("busybox is missing: apt-get install busybox-static")
-    parts = [(GUEST / "init").read_bytes(), Path(busybox).read_bytes(), repr(_MODULES).encode()]
+    program = Path(busybox).read_bytes()
+    if b"/lib64/ld-linux" in program[:4096]:
+        raise LabUnavailable(f"{busybox} needs libraries: apt-get install busybox-static")
+    parts = [(GUEST / "init").read_bytes(), program, repr(_MODULES).encode()]
     digest = hashlib.sha256(b"".join(parts)).hexdigest()[:12]
     made = root / f"initrd-{digest}.gz"
     if not made.exists():

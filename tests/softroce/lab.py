@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
             else:
                 one = lab.machine(nics=args.nics, num_cpus=args.cpus)
                 machine = stack.enter_context(one)
-            done = machine.run(args.command, args.seconds, cwd=Path.cwd(), hears=_show)
+            done = machine.run(args.command, args.seconds, cwd=Path.cwd(), hears=show)
             return done.returncode
     except LabUnavailable as error:
         print(error, file=sys.stderr)
@@ -160,7 +160,8 @@ def main(argv: Sequence[str]) -> int:
         return 125
 
 
-def _show(text: str) -> None:
+def show(text: str) -> None:
+    """At once."""
     print(text, end="", flush=True)
 
 
