@@ -15,7 +15,7 @@ from typing import Any
 from kvxfer.bench.case import Case
 from kvxfer.errors import KVUsageError
 
-OURS = {"mooncake": "tcp", "nixl": "tcp"}
+OURS = {"mooncake": os.environ.get("MOONCAKE_PROTOCOL", "tcp"), "nixl": "tcp"}
 """Each rival, and our transport that does the same."""
 _ENV = {"mooncake": {"MC_LOG_LEVEL": "ERROR"}, "nixl": {"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "WARN"}}
 """What pins them to that transport, and keeps them quiet."""

@@ -1,7 +1,9 @@
-"""Mooncake's transfer engine over tcp: one batch of reads a transfer."""
+"""Mooncake's transfer engine: one batch of reads a transfer; over tcp, or what MOONCAKE_PROTOCOL
+says, on the device of MOONCAKE_DEVICE."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ends
@@ -13,7 +15,9 @@ Prepared = tuple[list[int], list[int], list[int]]
 
 def _engine(address: int, num_bytes: int) -> Any:
     engine = TransferEngine()
-    if engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", ""):
+    protocol = os.environ.get("MOONCAKE_PROTOCOL", "tcp")
+    device = os.environ.get("MOONCAKE_DEVICE", "")
+    if engine.initialize("127.0.0.1", "P2PHANDSHAKE", protocol, device):
         raise RuntimeError("the engine does not start")
     if engine.register_memory(address, num_bytes):
         raise RuntimeError("the pool cannot be registered")
