@@ -4,8 +4,8 @@
 
 Boots a machine of tests/softroce and runs `python -m kvxfer bench --transport rdma` in it:
 transfers of 16 MiB, in requests of the size of a block, between two processes; perftest's figure is
-taken with requests of the same size right before. PYTHON is one in which Mooncake's transfer engine is
-installed (`mooncake-transfer-engine-non-cuda`); its reads go over the same device.
+taken with requests of the same size right before. PYTHON is one in which Mooncake's transfer engine
+is installed (`mooncake-transfer-engine-non-cuda`); its reads go over the same device.
 
 The processor is emulated, so only what stands in one line can be compared. Prints a table, or
 JSON.
