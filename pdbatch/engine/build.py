@@ -55,6 +55,7 @@ def build_engine(
     kind = loaded.device.type
     max_num_seqs = config.max_num_seqs or _MOST_SEQS.get(kind, 64)
     max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+    runner.prepare_model(loaded)
     shape = runner.kv_shape(loaded, config.block_size)
     useful = 2 * max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = config.num_blocks or min(_num_blocks(config, loaded, shape), useful)
@@ -67,7 +68,9 @@ def build_engine(
         prefix_caching=config.enable_prefix_caching,
         root=bytes.fromhex(layout.fingerprint),
     )
-    model_runner = runner.ModelRunner(loaded, cache, config)
+    model_runner = runner.make_runner(
+        loaded, cache, config, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+    )
     model_runner.warmup()
     logger.info(
         "%s on %s: %d blocks of %d bytes", loaded.name, loaded.device, num_blocks, shape.block_bytes

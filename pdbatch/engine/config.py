@@ -44,6 +44,8 @@ class EngineConfig:
     """A prefill engine starts no sequence while more of its blocks than this are pinned."""
     preempt_every_steps: int | None = None
     """For verification: preempt the last decoding sequence every so many steps, need or no need."""
+    cuda_graphs: bool = True
+    """Capture decode steps on a GPU and replay them; without, each kernel is launched anew."""
     threads: int | None = None
     """torch's threads on the CPU; None: torch's default."""
     stats_interval_s: float = 0.5

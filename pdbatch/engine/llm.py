@@ -42,6 +42,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
+        cuda_graphs: bool = True,
         threads: int | None = None,
     ) -> None:
         from pdbatch.engine.build import build_engine
@@ -59,6 +60,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
+            cuda_graphs=cuda_graphs,
             threads=threads,
             worker="llm",
         )

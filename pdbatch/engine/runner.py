@@ -1,13 +1,15 @@
 """Runs one step of the model over the paged cache.
 
 The scheduler decides, the runner obeys: it checks nothing about who owns a block. Once a
-model is loaded: `kv_shape`, then a `PagedKVCache` of that shape, then one `ModelRunner`,
-`warmup`, and `execute` for each step.
+model is loaded: `kv_shape`, then a `PagedKVCache` of that shape, then one runner (`make_runner`),
+`warmup`, and `execute` for each step. `ModelRunner` serves every device in plain torch;
+`gpu_runner.GpuRunner` serves CUDA where Triton is installed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +20,9 @@ from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.kvcache import KVShape, PagedKVCache
 from pdbatch.engine.loader import LoadedModel
 from pdbatch.engine.model_input import ModelInput
+
+if TYPE_CHECKING:
+    from pdbatch.engine.gpu_runner import GpuRunner
 
 
 def kv_shape(loaded: LoadedModel, block_size: int) -> KVShape:
@@ -34,6 +39,41 @@ def kv_shape(loaded: LoadedModel, block_size: int) -> KVShape:
         dtype=loaded.dtype,
         block_size=block_size,
     )
+
+
+def make_runner(
+    loaded: LoadedModel,
+    cache: PagedKVCache,
+    config: EngineConfig,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> ModelRunner | GpuRunner:
+    """The runner of the model's device."""
+    if not runs_triton(loaded.device):
+        return ModelRunner(loaded, cache, config)
+    from pdbatch.engine.gpu_runner import GpuRunner
+
+    return GpuRunner(
+        loaded,
+        cache,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        cuda_graphs=config.cuda_graphs,
+    )
+
+
+def prepare_model(loaded: LoadedModel) -> None:
+    """Bring the model's layers into the form that its runner wants, before memory is counted."""
+    if runs_triton(loaded.device):
+        from pdbatch.engine import gpu_runner
+
+        gpu_runner.prepare_model(loaded)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether this device runs Triton's kernels here."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 class ModelRunner:

@@ -73,7 +73,9 @@ class Captured:
         members = aligned(sizes.most_tiles(rows) * sizes.places)
         fixed = 6 * aligned(rows) + 2 * items + tiles + members
         device = upload.device
-        self._buffer = torch.zeros(fixed + rows * most_blocks, dtype=torch.int32, device=device)
+        self._buffer = torch.zeros(
+            fixed + aligned(rows * most_blocks), dtype=torch.int32, device=device
+        )
 
     def fill(self, batch: ModelInput, plan: decodes.Decodes, rows: int) -> None:
         """Send a step of at most `rows` decodes; `plan` was made with room for `rows`."""

@@ -1,0 +1,147 @@
+"""Runs steps on a GPU: merged layers, Triton attention, CUDA graphs for decodes.
+
+    a step of decodes alone   its numbers go to fixed places, a captured graph runs the body
+    any other                 its numbers go to fresh memory, the body runs operation by operation
+    either                    the head runs for the rows that need logits
+
+The body is transformers' model below its language head. Call `prepare_model` before the cache is
+sized, then make one `GpuRunner`. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from pdbatch.engine import merged
+from pdbatch.engine.attention import decodes, prepare
+from pdbatch.engine.attention.hook import KEYWORD
+from pdbatch.engine.attention.triton_step import TritonStep
+from pdbatch.engine.attention.upload import Upload
+from pdbatch.engine.graphs import DecodeGraphs
+from pdbatch.engine.kvcache import PagedKVCache
+from pdbatch.engine.loader import LoadedModel
+from pdbatch.engine.model_input import ModelInput
+
+
+def prepare_model(loaded: LoadedModel) -> None:
+    """Merge the layers that are known; again is harmless."""
+    merged.merge(loaded.model)
+
+
+class GpuRunner:
+    """One model over one cache on a GPU. Not safe for several threads."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache: PagedKVCache,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.loaded = loaded
+        self.cache = cache
+        device = loaded.device
+        config: Any = loaded.config
+        self._body: Any = loaded.model.base_model
+        self._head = Head(loaded.model)
+        self._upload = Upload(device)
+        self._sizes = decodes.Sizes(
+            num_q_heads=int(config.num_attention_heads),
+            shape=cache.shape,
+            processors=torch.cuda.get_device_properties(device).multi_processor_count,
+            windowed=getattr(config, "sliding_window", None) is not None,
+        )
+        self._graphs: DecodeGraphs | None = None
+        if cuda_graphs:
+            most_blocks = -(-max_model_len // cache.shape.block_size)
+            captured = prepare.Captured(self._sizes, self._upload, max_num_seqs, most_blocks)
+            self._graphs = DecodeGraphs(self._run, captured, self._sizes, max_num_seqs)
+
+    @torch.inference_mode()
+    def execute(self, batch: ModelInput) -> torch.Tensor:
+        """As `runner.ModelRunner.execute`."""
+        count = len(batch.context_lens)
+        hidden_TC: torch.Tensor | None = None
+        if self._graphs is not None and batch.num_decodes == count:
+            hidden_TC = self._graphs.run(batch)
+        if hidden_TC is None:
+            hidden_TC = self._run(prepare.eager(batch, self._sizes, self._upload))
+        wanted = len(batch.logits_indices)
+        if not wanted:
+            vocab, device = self.loaded.vocab_size, self.loaded.device
+            return torch.empty(0, vocab, dtype=self.loaded.dtype, device=device)
+        if batch.num_decodes == count == wanted:
+            return self._head(hidden_TC[:count])
+        last = [batch.cu_seqlens_q[seq + 1] - 1 for seq in batch.logits_indices]
+        rows = torch.tensor(last, pin_memory=True).to(hidden_TC.device, non_blocking=True)
+        return self._head(hidden_TC.index_select(0, rows))
+
+    def warmup(self) -> None:
+        """Run a prefill and decodes over block 0, so that kernels are compiled.
+
+        Call before any block is used: block 0's content is overwritten.
+        """
+        count = min(self.cache.shape.block_size - 1, 8)
+        if count < 1:
+            return
+        self.execute(_warm([range(count)]))
+        self.execute(_warm([range(count, count + 1)]))
+        torch.cuda.synchronize(self.loaded.device)
+
+    def _run(self, step: prepare.Step) -> torch.Tensor:
+        """The body; [T, C]."""
+        output = self._body(
+            input_ids=step.input_ids_T.unsqueeze(0),
+            position_ids=step.positions_T.unsqueeze(0),
+            use_cache=False,
+            **{KEYWORD: TritonStep(self.cache, step.tables)},
+        )
+        hidden_TC: torch.Tensor = output.last_hidden_state[0]
+        return hidden_TC
+
+
+class Head:
+    """A causal language model from the body's output on: its own forward, the body left out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._given = _Given()
+        self._model: Any = copy.copy(model)
+        prefix = str(model.base_model_prefix)
+        self._model.__dict__["_modules"] = {**model._modules, prefix: self._given}
+
+    def __call__(self, hidden_TC: torch.Tensor) -> torch.Tensor:
+        """Logits [T, V] of these rows."""
+        self._given.hidden_1TC = hidden_TC.unsqueeze(0)
+        logits: torch.Tensor = self._model(inputs_embeds=self._given.hidden_1TC).logits[0]
+        return logits
+
+
+class _Given(torch.nn.Module):
+    """A body that has run already."""
+
+    hidden_1TC: torch.Tensor
+
+    def forward(self, **_inputs: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden_1TC)  # type: ignore[arg-type]
+
+
+def _warm(positions: list[range]) -> ModelInput:
+    """One sequence in block 0 at these positions."""
+    where = torch.cat([torch.arange(part.start, part.stop) for part in positions])
+    single = len(where) == 1
+    return ModelInput(
+        input_ids_T=torch.zeros_like(where),
+        positions_T=where,
+        slot_mapping_T=where,
+        cu_seqlens_q=[0, len(where)],
+        context_lens=[positions[-1].stop],
+        block_tables_SM=torch.zeros(1, 1, dtype=torch.int32),
+        logits_indices=[0],
+        num_decodes=int(single),
+    )
