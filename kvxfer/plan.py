@@ -44,7 +44,11 @@ class ReadPlan(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Bytes that are copied."""
-        return sum(move.num_bytes for move in self.moves)
+        found = 0
+        for spans, pairs in self.moves:
+            for span in spans:
+                found += len(pairs) * span.num_bytes
+        return found
 
     @property
     def is_whole(self) -> bool:
@@ -52,16 +56,6 @@ class ReadPlan(NamedTuple):
         return self.src_block_bytes == self.dst_block_bytes and all(
             move.spans == (Span(0, 0, self.src_block_bytes),) for move in self.moves
         )
-
-    @property
-    def last_block(self) -> int:
-        """The highest source block; -1 where nothing is read."""
-        return max(self.src_blocks, default=-1)
-
-    @property
-    def last_dst_block(self) -> int:
-        """The highest destination block; -1 where nothing is read."""
-        return max((dst for move in self.moves for _, dst in move.pairs), default=-1)
 
     def pieces(self) -> list[tuple[int, int, int]]:
         """(source byte, destination byte, length), each counted from the region's block 0.

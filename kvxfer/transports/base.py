@@ -60,8 +60,8 @@ def check_source(plan: ReadPlan, num_blocks: int, block_bytes: int) -> None:
     """The peer's region has what the plan reads. Raises BadDescriptor."""
     if block_bytes != plan.src_block_bytes:
         raise BadDescriptor(f"blocks of {block_bytes} bytes there, not {plan.src_block_bytes}")
-    if plan.last_block >= num_blocks:
-        raise BadDescriptor(f"no block {plan.last_block} in that region")
+    if (last := max(plan.src_blocks, default=-1)) >= num_blocks:
+        raise BadDescriptor(f"no block {last} in that region")
 
 
 def number(address: Address, name: str) -> int:

@@ -40,7 +40,8 @@ class Mappings:
 
     def get(self, address: Address) -> Mapped:
         """Raises PeerLost where the process or its region is gone, BadDescriptor for nonsense."""
-        found = self.find(text(address, "region"))
+        region = address.get("region")
+        found = self._maps.get(region) if isinstance(region, str) else None
         return found or self.keep(Mapped(address))
 
     def find(self, key: str) -> Mapped | None:
@@ -135,19 +136,20 @@ class Mapped:
         num_bytes = self.num_blocks * self.block_bytes if self.has_blocks else 0
         if size < data_offset(self.num_blocks) + num_bytes:
             raise BadDescriptor(f"{name} is too short for its blocks")
-        self._head = view[: HEADER.size].cast("Q")
+        self.head = view[: HEADER.size].cast("Q")
+        """By the numbers of `kvxfer.region`: EPOCH, OPEN."""
         self.generations = view[PAGE_BYTES : PAGE_BYTES + 8 * self.num_blocks].cast("Q")
         self.address = where + data_offset(self.num_blocks)
 
     @property
     def epoch(self) -> int:
         """The owner's life."""
-        return self._head[EPOCH]
+        return self.head[EPOCH]
 
     @property
     def open(self) -> bool:
         """False once the owner revoked the region."""
-        return bool(self._head[OPEN])
+        return bool(self.head[OPEN])
 
 
 class _Process:

@@ -2,6 +2,9 @@
 
 The peer takes no part in a read, so one that is stopped can still be read; what was copied is
 proved by the epoch and the generations in the mapped memory, and by the peer's being alive.
+
+A read of 1 MiB is a copy of 0.1 ms, and the interpreter comes to it with cold caches: each call of
+a function costs about 1 us then. So `read` calls few.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 from kvxfer.errors import KVUsageError, PeerLost, Revoked
 from kvxfer.plan import ReadPlan
-from kvxfer.region import Region
+from kvxfer.region import EPOCH, OPEN, Region
 from kvxfer.transports.base import Address, Stamp, check_source
 from kvxfer.transports.mappings import Mapped, Mappings, start_time
 from kvxfer.transports.mem import copy_pieces
@@ -48,13 +51,14 @@ class ShmTransport:
     ) -> Stamp:
         """See `Transport`. A copy in memory has no time-out; the peer takes no part in it."""
         mapped = self._maps.get(address)
-        if not mapped.open:
+        head = mapped.head
+        if not head[OPEN]:
             self._check(mapped)
         check_source(plan, mapped.num_blocks, mapped.block_bytes)
         copy_pieces(mapped.address, plan.pieces(), destination.address)
-        generations = mapped.generations
-        stamp = Stamp(mapped.epoch, [generations[block] for block in plan.src_blocks])
-        self._check(mapped)
+        stamp = Stamp(head[EPOCH], list(map(mapped.generations.__getitem__, plan.src_blocks)))
+        if not head[OPEN] or mapped.process.is_gone():
+            self._check(mapped)
         return stamp
 
     def close(self) -> None:
