@@ -29,7 +29,8 @@ from pdbatch.engine.model_input import ModelInput
 
 def prepare_model(loaded: LoadedModel) -> None:
     """Merge the layers that are known; again is harmless."""
-    merged.merge(loaded.model)
+    if merged.merge(loaded.model):
+        torch.cuda.empty_cache()  # holes that the old weights left, which nothing would fit into
 
 
 class GpuRunner:

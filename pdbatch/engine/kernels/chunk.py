@@ -17,6 +17,7 @@ import triton.language as tl
 
 from pdbatch.engine.kernels.scores import (
     absorb,
+    keys_of_tile,
     page_offsets,
     power_of_two,
     precision,
@@ -232,7 +233,7 @@ def chunk(
     page = shape.block_size * shape.head_dim
     layer_at = layer * 2 * shape.num_kv_heads * page
     rows, _tokens = rows_of_tile(group, shape.head_dim)
-    large = shape.head_dim > 128 or q_THD.dtype == torch.float32
+    wide = q_THD.dtype == torch.float32
     _chunk[(shape.num_kv_heads, tiles_X2.shape[0])](
         q_THD,
         out_THD,
@@ -258,10 +259,10 @@ def chunk(
         D=shape.head_dim,
         WIDTH=power_of_two(shape.head_dim, 16),
         BLOCK=shape.block_size,
-        TILE=tile or (32 if large else 64),
+        TILE=tile or keys_of_tile(shape),
         CAPPED=softcap is not None,
         WINDOWED=window is not None,
         PRECISION=precision(q_THD.dtype),
         num_warps=num_warps or (4 if rows < 128 else 8),
-        num_stages=num_stages or (2 if large else 3),
+        num_stages=num_stages or (2 if wide else 3),
     )

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from pdbatch.engine.kernels.scores import (
     absorb,
+    keys_of_tile,
     page_offsets,
     power_of_two,
     precision,
@@ -119,7 +120,7 @@ def decode(
     scaling: float,
     window: int | None,
     softcap: float | None,
-    tile: int = 64,
+    tile: int | None = None,
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> None:
@@ -157,7 +158,7 @@ def decode(
         D=shape.head_dim,
         WIDTH=power_of_two(shape.head_dim, 16),
         BLOCK=shape.block_size,
-        TILE=tile,
+        TILE=tile or keys_of_tile(shape),
         CAPPED=softcap is not None,
         WINDOWED=window is not None,
         PRECISION=precision(q_THD.dtype),

@@ -8,11 +8,13 @@ D head size (padded to a power of two).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+
+from pdbatch.engine.kvcache import KVShape
+
+_TILE_BYTES = 16384
 
 
 @triton.jit
@@ -66,9 +68,12 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def keys_of_tile(shape: KVShape, most: int = 64) -> int:
+    """Keys that a kernel takes at a time, so that three tiles of K and V fit on a processor."""
+    row_bytes = power_of_two(shape.head_dim, 16) * shape.dtype.itemsize
+    return max(16, min(most, _TILE_BYTES // row_bytes))
+
+
 def window_of(window: int | None) -> int:
     """As the kernels take it: 0 is none."""
     return window or 0
-
-
-Tensor = Any  # a torch tensor where a kernel takes a pointer

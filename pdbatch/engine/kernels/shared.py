@@ -15,7 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from pdbatch.engine.kernels.scores import absorb, page_offsets, power_of_two, precision, scaled
+from pdbatch.engine.kernels.scores import (
+    absorb,
+    keys_of_tile,
+    page_offsets,
+    power_of_two,
+    precision,
+    scaled,
+)
 from pdbatch.engine.kvcache import PagedKVCache
 
 
@@ -114,7 +121,7 @@ def shared(
     splits: int,
     scaling: float,
     softcap: float | None,
-    tile: int = 64,
+    tile: int | None = None,
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> None:
@@ -150,7 +157,7 @@ def shared(
         D=shape.head_dim,
         WIDTH=power_of_two(shape.head_dim, 16),
         BLOCK=shape.block_size,
-        TILE=tile,
+        TILE=tile or keys_of_tile(shape),
         SPLITS=splits,
         CAPPED=softcap is not None,
         PRECISION=precision(q_THD.dtype),
