@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvxfer import checksum
 from kvxfer.descriptor import KVDescriptor, KVPart
 from kvxfer.errors import (
     KVUsageError,
@@ -79,20 +80,26 @@ class KVConsumer:
 
         Producer and reader may differ in block size and in ranks (`kvxfer.geometry`); parts of
         several ranks are read side by side. Returns only if layout, epoch and the generation of
-        every block that was read are proved, the latter two after the last byte came. Raises
-        LayoutMismatch, PoolExhausted, BadDescriptor (an address that makes no sense, a rank that
-        is missing), KVUsageError (blocks that are not in our region), StaleEpoch, StaleGeneration,
-        TransportError and its kinds; the destination then holds nothing of use. What the tokens
-        are is the caller's to prove: `descriptor.prove_tokens`.
+        every block that was read are proved, the latter two after the last byte came; and so are
+        the checksums, where the producer gave some (`kvxfer.checksum`). Raises LayoutMismatch,
+        PoolExhausted, BadDescriptor (an address that makes no sense, a rank that is missing),
+        KVUsageError (blocks that are not in our region), StaleEpoch, StaleGeneration,
+        ChecksumMismatch, TransportError and its kinds; the destination then holds nothing of use.
+        What the tokens are is the caller's to prove: `descriptor.prove_tokens`.
         """
         reads = plan_reads(descriptor, self.layout, dst_block_ids, skip_blocks)
         self.region.check(dst_block_ids)
+        has_sums = any(descriptor.parts[index].checksums for index, _ in reads)
+        if has_sums:
+            checksum.check(descriptor, self.layout)
         start = time.perf_counter()
         if not reads:
             return PullStats(0, 0.0, "none")
         deadline = start + timeout_s
         todo = [_Read(descriptor, descriptor.parts[index], plan, deadline) for index, plan in reads]
         names = [self._part(todo[0])] if len(todo) == 1 else self._side_by_side(todo)
+        if has_sums:
+            checksum.verify(descriptor, self.region, self.layout, dst_block_ids, skip_blocks)
         num_bytes = sum(plan.num_bytes for _, plan in reads)
         return PullStats(num_bytes, time.perf_counter() - start, ",".join(dict.fromkeys(names)))
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from kvxfer.checksum import block_sums, require_torch
 from kvxfer.descriptor import KVDescriptor, KVPart, token_hash
 from kvxfer.errors import KVTransferError, KVUsageError
 from kvxfer.layout import KVLayout
@@ -36,12 +37,16 @@ class KVProducer:
         host: str,
         epoch: int = 0,
         optional: bool = False,
+        checksum: bool = False,
     ) -> None:
         """`optional`: a transport that cannot serve this region is left out with a warning, as
-        long as another can; else it is an error."""
+        long as another can; else it is an error. `checksum`: descriptors carry checksums of their
+        blocks (`kvxfer.checksum`), which readers verify; they are computed by torch."""
         if region.block_bytes != layout.block_bytes:
             raise KVUsageError(f"blocks of {region.block_bytes}, layout of {layout.block_bytes}")
-        self.region, self.layout = region, layout
+        if checksum:
+            require_torch()
+        self.region, self.layout, self.checksum = region, layout, checksum
         self.producer, self.host = producer, host
         region.epoch = epoch
         self._transports = list(transports)
@@ -65,12 +70,18 @@ class KVProducer:
     ) -> KVDescriptor:
         """The blocks hold the KV of `token_ids`, the last one perhaps in part. Raises KVUsageError
         for an id that is pinned already, for too few or too many blocks, for one that the region
-        has not."""
+        has not.
+
+        Checksums are computed here, after what the current stream of a device was told before.
+        """
         blocks = tuple(block_ids)
         self.region.check(blocks)
         if len(blocks) != -(-len(token_ids) // self.layout.block_size):
             size = self.layout.block_size
             raise KVUsageError(f"{len(blocks)} blocks of {size} for {len(token_ids)} tokens")
+        sums: tuple[int, ...] = ()
+        if self.checksum:
+            sums = block_sums(self.region, self.layout, blocks, len(token_ids))
         with self._lock:
             if handoff_id in self._pinned:
                 raise KVUsageError(f"{handoff_id} is pinned already")
@@ -81,6 +92,7 @@ class KVProducer:
             block_ids=blocks,
             generations=tuple(self.region.stamps(blocks)),
             endpoints=self.endpoints,
+            checksums=sums,
         )
         return KVDescriptor(
             id=handoff_id,

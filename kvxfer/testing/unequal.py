@@ -73,7 +73,7 @@ class UnequalSuite(TransportHarness):
     """See the module."""
 
     checksum = False
-    """Whether producers give checksums."""
+    """Whether producers give checksums, which needs torch."""
 
     def test_other_ranks_and_block_sizes(self) -> None:
         """1, 2 and 4 ranks each way, each with other blocks, a random prompt and a random skip."""
@@ -184,6 +184,7 @@ class UnequalSuite(TransportHarness):
                     producer=f"p#{layout.tp_rank}",
                     host=HOST,
                     epoch=7 + layout.tp_rank,
+                    checksum=self.checksum,
                 )
                 producers.append(producer)
                 described.append(producer.pin("x", table, range(num_tokens)))

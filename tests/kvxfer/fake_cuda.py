@@ -68,7 +68,7 @@ class FakeDriver:
 
     def allocation(self, address: int) -> tuple[int, int]:
         self._need_context()
-        for base, size in self.pools.items():
+        for base, size in reversed(self.pools.items()):  # older ones may be gone
             if base <= address < base + size:
                 return base, size
         raise TransportError("cuMemGetAddressRange: CUDA_ERROR_INVALID_VALUE (1)")
@@ -157,7 +157,8 @@ class FakeCudaRegion(DeviceRegion):
         self.device = device
         fake = driver_module.driver()
         assert isinstance(fake, FakeDriver)
-        fake.pools[self.address - 0] = self.num_bytes
+        fake.pools.pop(self.address, None)
+        fake.pools[self.address] = self.num_bytes
 
 
 @contextmanager
