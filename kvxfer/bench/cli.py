@@ -69,7 +69,7 @@ def _pythons(args: argparse.Namespace) -> dict[str, str]:
         if name and name not in rivals.OURS:
             raise KVUsageError(f"--peer-python {entry}: there is no peer {name!r}")
         for peer in args.peer:
-            if name in ("", peer):
+            if name in ("", peer, peer.partition("-")[0]):
                 found[peer] = path
     return found
 

@@ -15,9 +15,17 @@ from typing import Any
 from kvxfer.bench.case import Case
 from kvxfer.errors import KVUsageError
 
-OURS = {"mooncake": os.environ.get("MOONCAKE_PROTOCOL", "tcp"), "nixl": "tcp"}
-"""Each rival, and our transport that does the same."""
-_ENV = {"mooncake": {"MC_LOG_LEVEL": "ERROR"}, "nixl": {"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "WARN"}}
+OURS = {
+    "mooncake": os.environ.get("MOONCAKE_PROTOCOL", "tcp"),
+    "nixl": "tcp",
+    "nixl-any": "shm",
+}
+"""Each rival, and our transport that does the same. `nixl-any`: UCX takes what it thinks best."""
+_ENV = {
+    "mooncake": {"MC_LOG_LEVEL": "ERROR"},
+    "nixl": {"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "WARN"},
+    "nixl-any": {"NIXL_LOG_LEVEL": "WARN"},
+}
 """What pins them to that transport, and keeps them quiet."""
 
 
@@ -60,7 +68,7 @@ class Rival:
                     pipe.close()
 
     def _start(self, python: str) -> None:
-        script = Path(__file__).with_name(f"with_{self.name}.py")
+        script = Path(__file__).with_name(f"with_{self.name.partition('-')[0]}.py")
         self._ends.append(
             subprocess.Popen(
                 [python, str(script)],

@@ -1,5 +1,9 @@
 """NIXL with its UCX backend, as engines use it: lists of pieces are prepared, a transfer is one
-request made of them, posted and polled. UCX_TLS says which links UCX may take."""
+request made of them, posted and polled. UCX_TLS says which links UCX may take.
+
+The reader has no progress thread: it polls all the time, and on two processors another thread that
+polls makes it five times slower. The source needs one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,8 @@ Prepared = tuple[Any, Any, list[int]]
 
 
 def _agent(name: str, address: int, num_bytes: int) -> Any:
-    agent = _api.nixl_agent(name, _api.nixl_agent_config(backends=["UCX"]))
+    settings = _api.nixl_agent_config(enable_prog_thread=name == "source", backends=["UCX"])
+    agent = _api.nixl_agent(name, settings)
     agent.register_memory([(address, num_bytes, 0, "")], "DRAM")
     return agent
 
