@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvxfer import checksum
@@ -32,8 +31,7 @@ _THREADS = 4
 """Parts that are read at once beside the caller's own, of all pulls together."""
 
 
-@dataclass(frozen=True, slots=True)
-class PullStats:
+class PullStats(NamedTuple):
     """What one pull took."""
 
     num_bytes: int
@@ -89,19 +87,21 @@ class KVConsumer:
         """
         reads = plan_reads(descriptor, self.layout, dst_block_ids, skip_blocks)
         self.region.check(dst_block_ids)
-        has_sums = any(descriptor.parts[index].checksums for index, _ in reads)
-        if has_sums:
-            checksum.check(descriptor, self.layout)
         start = time.perf_counter()
         if not reads:
             return PullStats(0, 0.0, "none")
-        deadline = start + timeout_s
-        todo = [_Read(descriptor, descriptor.parts[index], plan, deadline) for index, plan in reads]
-        names = [self._part(todo[0])] if len(todo) == 1 else self._side_by_side(todo)
+        todo, num_bytes, has_sums = [], 0, False
+        for index, plan in reads:
+            part = descriptor.parts[index]
+            todo.append(_Read(descriptor, part, plan, start + timeout_s))
+            num_bytes += plan.num_bytes
+            has_sums = has_sums or bool(part.checksums)
+        if has_sums:
+            checksum.check(descriptor, self.layout)
+        name = self._part(todo[0]) if len(todo) == 1 else self._side_by_side(todo)
         if has_sums:
             checksum.verify(descriptor, self.region, self.layout, dst_block_ids, skip_blocks)
-        num_bytes = sum(plan.num_bytes for _, plan in reads)
-        return PullStats(num_bytes, time.perf_counter() - start, ",".join(dict.fromkeys(names)))
+        return PullStats(num_bytes, time.perf_counter() - start, name)
 
     def close(self) -> None:
         """Let go of what was opened at peers."""
@@ -112,8 +112,9 @@ class KVConsumer:
         if threads is not None:
             threads.shutdown()
 
-    def _side_by_side(self, reads: Sequence[_Read]) -> list[str]:
-        """All parts, the first one here. When it returns or raises, none is under way."""
+    def _side_by_side(self, reads: Sequence[_Read]) -> str:
+        """All parts, the first one here; by which transports. When it returns or raises, none is
+        under way."""
         with self._lock:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvxfer-part")
@@ -132,7 +133,7 @@ class KVConsumer:
                 raise failed
             finally:
                 del failed, others, asked, ask
-        return names
+        return ",".join(dict.fromkeys(names))
 
     def _part(self, read: _Read) -> str:
         """Read and prove one part; by which transport."""
