@@ -6,10 +6,11 @@ that; it does not close the region.
 
 Consumer's side: `reaches` is asked before each read and must be cheap and offline. `read` copies
 what a plan says and *afterwards* fetches epoch and generations; several threads call it at once.
-The destination blocks belong to the call until it returns or raises; what they hold after it
-raised is undefined. Every failure is a `TransportError`, an address that makes no sense a
-`BadDescriptor`; nothing is retried here. Descriptors come from elsewhere: a block that the peer's
-region does not have is an error like every other.
+The destination blocks belong to the call until it returns or raises: from then on nothing writes
+them any more, on a device or a NIC either. What they hold after it raised is undefined. Every
+failure is a `TransportError`, an address that makes no sense a `BadDescriptor`; nothing is retried
+here. Descriptors come from elsewhere: a block that the peer's region does not have is an error
+like every other.
 """
 
 from __future__ import annotations

@@ -45,14 +45,16 @@ def build_engine(
     """Load (unless `loaded`), size, wire up and warm up.
 
     `ways` replaces the configured transports of the hand-off; `keep_prompts` puts prompt token ids
-    into results; `region` makes the memory of a pool that is handed over. Raises ModelError,
-    ConfigError.
+    into results; `region` makes the memory of a pool that is handed over. The model's device
+    becomes the calling thread's current one. Raises ModelError, ConfigError.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if loaded is None:
         loaded = loader.load(config.model, config.home, config.device, config.dtype)
     kind = loaded.device.type
+    if kind == "cuda":
+        torch.cuda.set_device(loaded.device)
     max_num_seqs = config.max_num_seqs or _MOST_SEQS.get(kind, 64)
     max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
     runner.prepare_model(loaded)

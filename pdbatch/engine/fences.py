@@ -33,13 +33,5 @@ def marker(device: str) -> Mark:
     return mark
 
 
-def idle(device: str) -> None:
-    """Wait until nothing runs on the device any more, on whichever stream."""
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize(torch.device(device))
-
-
 def _over() -> None:
     """Nothing to wait for."""

@@ -67,6 +67,10 @@ class GpuRunner:
     @torch.inference_mode()
     def execute(self, batch: ModelInput) -> torch.Tensor:
         """As `runner.ModelRunner.execute`."""
+        with torch.cuda.device(self.loaded.device):  # kernels, graphs and events go by it
+            return self._execute(batch)
+
+    def _execute(self, batch: ModelInput) -> torch.Tensor:
         count = len(batch.context_lens)
         hidden_TC: torch.Tensor | None = None
         if self._graphs is not None and batch.num_decodes == count:

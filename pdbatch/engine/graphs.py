@@ -79,7 +79,8 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         try:
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Pulls go on in their threads: what they ask of CUDA is no matter of this capture.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._hidden_RC[:rows].copy_(self._run(step))
         except RuntimeError as error:
             self._broken = True

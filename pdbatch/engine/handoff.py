@@ -41,7 +41,7 @@ each touch also has a moment at which all before it must be over (`pdbatch.engin
     4. Decode sees all that a pull wrote: a transport returns when its own stream is done, the
        result comes to the engine's thread after that, and only then steps are launched.
     5. Blocks of an aborted pull stay its own until its result, and no result comes before its
-       writes are over: a pull that failed waits until the whole device is idle.
+       writes are over: a transport that raises leaves nothing under way, either.
     6. `reset` raises the epoch and all generations: what peers read of the old life is void, and
        what was under way here falls under 3 and 5.
     7. What is read of a process that has died proves nothing. To notice its death (PeerLost) is
@@ -279,16 +279,8 @@ class KVTransfers:
         except Exception as error:
             if not isinstance(error, KVTransferError):
                 logger.exception("the pull of %s failed", incoming.handoff_id)
-            self._still()
             return PullResult(incoming.handoff_id, code=type(error).__name__, message=str(error))
         return PullResult(incoming.handoff_id, stats.num_bytes, stats.seconds, stats.transport)
-
-    def _still(self) -> None:
-        """Whatever a read that failed left under way is over."""
-        try:
-            fences.idle(self._region.device)
-        except Exception:  # the device is lost: the engine's next step says so and ends it
-            logger.exception("the device does not come to rest")
 
 
 def prompt_hash(token_ids: Sequence[int]) -> bytes:

@@ -104,9 +104,7 @@ def test_a_pair_over_tensors_gives_what_one_engine_gives(model, caching, samplin
     pair.close()
 
 
-def test_every_fault_ends_in_a_new_prefill_and_the_same_tokens(model, monkeypatch) -> None:
-    rests: list[str] = []
-    monkeypatch.setattr(fences, "idle", rests.append)
+def test_every_fault_ends_in_a_new_prefill_and_the_same_tokens(model) -> None:
     way = MemTransport()
     pair = Pair(engine("prefill", model), engine("decode", model, ways=[way]))
     way.faults.extend(Fault(kind, seconds=0.001) for kind in ["drop", "die", "reuse"] * 3)
@@ -116,9 +114,6 @@ def test_every_fault_ends_in_a_new_prefill_and_the_same_tokens(model, monkeypatc
         model, requests
     )
     assert len(pair.codes) >= 9, "a reused block may be in several prompts"
-    assert rests == ["cpu"] * len(pair.codes), (
-        "after each failed pull, and only then, the device rests"
-    )
     pair.close()
 
 
