@@ -93,6 +93,8 @@ class Settings:
     """A decode worker's claim on a hand-off ends after so long without renewal."""
     kv_transport: tuple[str, ...] = ("auto",)
     """`auto`, or ways for KV to move, best first: some of `cuda_ipc,shm,rdma,tcp`."""
+    kv_checksum: bool = False
+    """Prefill workers send checksums of their KV blocks, and decode workers verify them."""
     max_attempts: int = 10
     """A request that was lost so often with its worker ends in an error row."""
     result_group_size: int = 512

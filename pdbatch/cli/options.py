@@ -28,8 +28,14 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
         "metavar": "NAMES",
         "help": "How KV moves: auto, or best first some of cuda_ipc,shm,rdma,tcp.",
     },
+    "kv_checksum": {
+        "default": None,
+        "help": "Send checksums of KV blocks and verify them (prefill workers decide).",
+    },
     "shard_size": {"metavar": "N", "help": "Requests in one message (64)."},
 }
+
+_SWITCHES: Final = frozenset({"kv_checksum"})
 
 
 def settings_options(*names: str) -> Callable[[F], F]:
@@ -44,13 +50,18 @@ def settings_options(*names: str) -> Callable[[F], F]:
             return command(*args, settings=_load(flags, set_), **options)
 
         for name in reversed(shown):
-            option = click.option("--" + name.replace("_", "-"), name, **_OPTIONS[name])
-            call = option(call)
+            call = click.option(_spelled(name), name, **_OPTIONS[name])(call)
         extra = "Any setting, by its name in the README; may be repeated."
         call = click.option("--set", "set_", metavar="KEY=VALUE", multiple=True, help=extra)(call)
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def _spelled(name: str) -> str:
+    """As it stands on the command line; one that is on or off can be turned off too."""
+    flag = name.replace("_", "-")
+    return f"--{flag}/--no-{flag}" if name in _SWITCHES else f"--{flag}"
 
 
 def json_option(command: F) -> F:

@@ -42,7 +42,7 @@ _LOOK_EVERY_S = 0.25
     help="Decode workers to start (1); 0: the others do both.",
 )
 @json_option
-@settings_options("device", "dtype", "broker_url", "kv_transport", "shard_size")
+@settings_options("device", "dtype", "broker_url", "kv_transport", "kv_checksum", "shard_size")
 @click.option("--model", metavar="M", help="Serves the whole job; else each line's own model.")
 def run(
     input: str,

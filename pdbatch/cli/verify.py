@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(1), default=16, help="Tokens of each (16).")
 @click.option("--seed", type=int, default=0, help="Which prompts (0).")
 @json_option
-@settings_options("model", "kv_transport")
+@settings_options("model", "kv_transport", "kv_checksum")
 def verify(prompts: int, max_tokens: int, seed: int, as_json: bool, settings: Settings) -> None:
     """Compare prefill, hand-over and decode with transformers' generate, token by token.
 
@@ -36,6 +36,7 @@ def verify(prompts: int, max_tokens: int, seed: int, as_json: bool, settings: Se
         num_prompts=prompts,
         max_tokens=max_tokens,
         transports=tuple(resolve(settings.kv_transport)),
+        kv_checksum=settings.kv_checksum,
         threads=settings.worker_threads,
         seed=seed,
         progress=lambda line: click.echo(line, err=True),

@@ -51,6 +51,8 @@ class EngineConfig:
     stats_interval_s: float = 0.5
     kv_transport: tuple[str, ...] = ("auto",)
     """Transports to offer and to use, best first; `auto`: all that can be used."""
+    kv_checksum: bool = False
+    """A prefill engine sends checksums of its blocks; a decode engine verifies those that come."""
     kv_read_timeout_s: float = 20.0
     """A pull that takes longer fails, and its request is prefilled again."""
     listen_host: str = "127.0.0.1"

@@ -12,7 +12,8 @@ What proves that the KV is the right one:
     before the read    layout's fingerprint (block sizes may differ: `kvxfer.geometry`); the
                        payload's prompt hashes to the descriptor's hash
     after the read     the producer's epoch and every block's generation are what they were when
-                       the blocks were pinned; the prompt's hash once more
+                       the blocks were pinned; their checksums, where the producer sends them
+                       (`kv_checksum`); the prompt's hash once more
 
 Anything else ends as a `PullResult` with the error's name, and nothing of it is decoded. Pulls
 run on threads of their own (`pull_threads`), so decode steps go on meanwhile; with none they run
@@ -156,6 +157,7 @@ class KVTransfers:
                 host=config.host,
                 epoch=config.epoch,
                 optional=config.kv_transport == ("auto",),
+                checksum=config.kv_checksum,
             )
             self._ways = serving(self._ways, self._producer.endpoints)
         if config.role != "prefill":

@@ -3,7 +3,8 @@
 Prompts are taken as bytes, four of them a token; an output has `max_tokens` tokens (2 if none are
 asked for) and ends by length. The hand-off is the real one over real memory, with blocks of a few
 kilobytes: a prefill engine fills them from the hash of the prompt, a decode engine pulls and
-proves them and compares the bytes. No torch, no tokenizer, no threads.
+proves them and compares the bytes, so `kv_checksum` changes nothing. No torch, no tokenizer, no
+threads.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 from pdbatch.engine.blocks import BlockId, BlockPool
 from pdbatch.engine.config import EngineConfig
@@ -73,7 +75,8 @@ class NullEngine:
         self._region = Region(num_blocks, layout.block_bytes, epoch=config.epoch)
         self._transfers: KVTransfers | None = None
         if config.role != "mixed":
-            self._transfers = KVTransfers(self._region, layout, config, pull_threads=0)
+            plain = replace(config, kv_checksum=False)
+            self._transfers = KVTransfers(self._region, layout, plain, pull_threads=0)
         self._pool = BlockPool(num_blocks, self._region.bump)
         self._most_pinned = config.pinned_share * num_blocks
         self._waiting: deque[EngineRequest] = deque()

@@ -99,6 +99,7 @@ def run(
     shortest: int = 5,
     longest: int = 1500,
     transports: Sequence[str] = ("shm", "tcp"),
+    kv_checksum: bool = False,
     prefix_caching: Sequence[bool] = (True, False),
     preemption: bool = True,
     processes: bool = True,
@@ -128,7 +129,13 @@ def run(
         reference_seconds=time.monotonic() - start,
     )
     base = EngineConfig(
-        model=model, home=place, device="cpu", dtype="float32", threads=threads, secret="verify"
+        model=model,
+        home=place,
+        device="cpu",
+        dtype="float32",
+        threads=threads,
+        secret="verify",
+        kv_checksum=kv_checksum,
     )
     for case in _cases(transports, prefix_caching, preemption):
         say(case.name)

@@ -32,6 +32,7 @@ def engine_config(settings: Settings, *, worker: str, host: str) -> EngineConfig
         host=host,
         engine=settings.engine,
         kv_transport=settings.kv_transport,
+        kv_checksum=settings.kv_checksum,
     )
 
 

@@ -79,7 +79,8 @@ def test_the_readmes_defaults_are_the_defaults() -> None:
     for name_cell, default_cell, _ in rows:
         field = next(f for f in fields(Settings) if f.name == name_cell.strip("|` "))
         text = default_cell.strip("` ")
-        assert read_value(field.name, str(field.type), text) == (field.default or None) or (
+        default = None if field.default == "" else field.default
+        assert read_value(field.name, str(field.type), text) == default or (
             isinstance(field.default, Path)
             and str(field.default.expanduser()) == str(Path(text).expanduser())
         ), field.name

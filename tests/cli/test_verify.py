@@ -59,5 +59,11 @@ def test_report_and_exit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, differ
         assert isinstance(done.exception, EngineError) and done.exception.exit_code == 6
     else:
         assert done.exit_code == 0
+    assert asked["kv_checksum"] is False
+    for switch, expected in (("--kv-checksum", True), ("--no-kv-checksum", False)):
+        CliRunner().invoke(cli, [*arguments, switch], env={"PDBATCH_KV_CHECKSUM": "true"})
+        assert asked["kv_checksum"] is expected
+    CliRunner().invoke(cli, arguments, env={"PDBATCH_KV_CHECKSUM": "true"})
+    assert asked["kv_checksum"] is True
     as_json = CliRunner().invoke(cli, [*arguments, "--json"])
     assert json.loads(as_json.stdout)["cases"][0]["transport"] == "tcp"

@@ -155,10 +155,11 @@ def test_a_pair_gives_what_one_engine_gives(model, transport, caching, sampling)
 
 @pytest.mark.parametrize("transport", ["mem", "shm", "tcp"])
 @pytest.mark.parametrize(("theirs", "ours"), [(16, 32), (16, 8), (4, 64), (64, 4)])
-def test_block_sizes_may_differ(model, transport, theirs, ours) -> None:
+@pytest.mark.parametrize("checksum", [False, True])
+def test_block_sizes_may_differ(model, transport, theirs, ours, checksum) -> None:
     """Leading blocks that the reader has already are counted in its own blocks."""
     requests = make_requests(10, temperature=0)
-    ways = {"kv_transport": (transport,), "num_blocks": 160}
+    ways = {"kv_transport": (transport,), "num_blocks": 160, "kv_checksum": checksum}
     prefill = engine("prefill", model, block_size=theirs, **ways)
     decode = engine("decode", model, block_size=ours, **ways)
     assert prefill.info.layout == decode.info.layout
@@ -193,6 +194,22 @@ def test_every_fault_ends_in_a_new_prefill_and_the_same_tokens(model) -> None:
         "StaleGeneration",
         "TransferTimeout",
     ]
+    pair.close()
+
+
+@pytest.mark.parametrize("block_size", [8, 32])
+def test_damaged_kv_is_prefilled_again_where_checksums_are_sent(model, block_size) -> None:
+    way = MemTransport()
+    prefill = engine("prefill", model, kv_checksum=True)
+    decode = engine("decode", model, ways=[way], block_size=block_size)
+    way.faults.extend([Fault("corrupt")] * 5)
+    pair = Pair(prefill, decode)
+    requests = make_requests(8, temperature=0)
+    pair.run(requests)
+    assert {key: token_ids(output) for key, output in pair.outputs.items()} == alone(
+        model, requests
+    )
+    assert pair.codes == ["ChecksumMismatch"] * 5
     pair.close()
 
 
