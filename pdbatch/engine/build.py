@@ -53,7 +53,7 @@ def build_engine(
     if loaded is None:
         loaded = loader.load(config.model, config.home, config.device, config.dtype)
     kind = loaded.device.type
-    if kind == "cuda":
+    if kind == "cuda" and loaded.device.index is not None:
         torch.cuda.set_device(loaded.device)
     max_num_seqs = config.max_num_seqs or _MOST_SEQS.get(kind, 64)
     max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)

@@ -44,6 +44,7 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, decodes.Kind], torch.cuda.CUDAGraph] = {}
         self._hidden_RC: torch.Tensor | None = None
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._broken = False
 
     @property
@@ -76,11 +77,15 @@ class DecodeGraphs:
         if self._hidden_RC is None:
             self._hidden_RC = hidden_RC.new_empty(self._ladder[-1], hidden_RC.shape[1])
             self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(hidden_RC.device)  # type: ignore[no-untyped-call]
         graph = torch.cuda.CUDAGraph()
         try:
             torch.cuda.synchronize()
+            # A stream of ours: torch's own for captures stays on the device that came first.
             # Pulls go on in their threads: what they ask of CUDA is no matter of this capture.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 self._hidden_RC[:rows].copy_(self._run(step))
         except RuntimeError as error:
             self._broken = True
