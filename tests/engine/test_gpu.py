@@ -56,8 +56,9 @@ def generated(model, requests: list[EngineRequest]) -> dict[str, list[list[int]]
     return expected
 
 
-@pytest.mark.parametrize("transport", ["cuda_ipc", "tcp"])
-@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(
+    ("transport", "caching"), [("cuda_ipc", True), ("cuda_ipc", False), ("tcp", True)]
+)
 def test_two_processes_give_the_tokens_of_generate(
     reference, tmp_path: Path, transport: str, caching: bool
 ) -> None:
