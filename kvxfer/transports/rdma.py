@@ -183,8 +183,7 @@ class RdmaTransport:
             self._users -= 1
             last = self._closed and not self._users
         if last:
-            self._targets.close()
-            close_each(self._devices)
+            close_each([*self._devices, self._targets])
 
 
 def _close(link: Link) -> None:

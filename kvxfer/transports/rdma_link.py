@@ -1,5 +1,6 @@
 """The reader's connection to one producer: a control connection and a queue pair for each pair of
-NICs. One read at a time; whoever fails on it throws it away, and the next read makes another.
+NICs: the first of ours with the first of theirs and so on, the shorter list over again. One read at
+a time; whoever fails on it throws it away, and the next read makes another.
 
     connect       tell our ends, get theirs
     once a region where its blocks and their proof lie, and the keys

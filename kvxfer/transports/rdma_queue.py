@@ -23,7 +23,7 @@ from kvxfer.transports import rdma_verbs as abi
 from kvxfer.transports.rdma_device import Device, Spot, close_each
 from kvxfer.transports.rdma_settings import RdmaSettings
 from kvxfer.transports.rdma_status import status_error
-from kvxfer.transports.rdma_verbs import told
+from kvxfer.transports.rdma_verbs import as_ours, told
 
 Piece = tuple[int, int, int]
 """Source byte, destination byte, length"""
@@ -148,7 +148,10 @@ class Queue:
 
     def poll(self) -> bool:
         """Whether a chain ended. Raises what the status means; the queue pair is of no use then."""
-        _, found = self._cq.poll(CHAINS)
+        try:
+            _, found = self._cq.poll(CHAINS)
+        except self.device.verbs.Error as error:
+            raise as_ours(error, f"{self.device.nic}: no completions") from error
         for completion in found:
             if completion.status:
                 raise status_error(completion.status, self.device.nic)

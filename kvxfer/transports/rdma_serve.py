@@ -61,14 +61,15 @@ class RdmaServer:
         with self._lock:
             self._offers[region.id] = offer
         region.on_revoke.append(partial(self._withdraw, region.id))
+        if not region.open:  # revoked meanwhile, perhaps before it could tell us
+            self._withdraw(region.id)
 
     def close(self) -> None:
         """Stop listening, end every queue pair, deregister everything. Idempotent."""
         self._control.close()
         with self._lock:
             offers, self._offers = list(self._offers.values()), {}
-        for offer in offers:
-            offer.close()
+        close_each(list(offers))
 
     def _withdraw(self, region_id: str) -> None:
         with self._lock:

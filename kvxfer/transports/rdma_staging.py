@@ -78,10 +78,12 @@ class Ring:
 
     def close(self) -> None:
         """Deregister it, give the memory back when no copy is under way."""
-        self._memory.close()
-        for slot in range(NUM_SLOTS):
-            self._copies.wait(slot)
-        self._copies.close()
+        try:
+            self._memory.close()
+            for slot in range(NUM_SLOTS):
+                self._copies.wait(slot)
+        finally:
+            self._copies.close()
 
 
 class RemoteRing:

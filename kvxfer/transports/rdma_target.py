@@ -28,18 +28,19 @@ class Targets:
     def __init__(self, devices: Sequence[Device]) -> None:
         self._devices = devices
         self._known: dict[str, Registered | None] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a region may be collected while we hold it
 
     def get(self, region: Region) -> Target:
         """Raises TransportError where it cannot be registered, KVUsageError for a closed one."""
         with self._lock:
-            if region.id not in self._known:
-                if not region.open:
-                    raise KVUsageError("the destination was closed")
+            if region.open and region.id not in self._known:
                 self._known[region.id] = register_blocks(self._devices, region, LOCAL_WRITE)
                 forget = partial(_forget, weakref.ref(self), region.id)
                 region.on_revoke.append(forget)
                 weakref.finalize(region, forget).atexit = False
+            if not region.open:
+                self.forget(region.id)
+                raise KVUsageError("the destination was closed")
             found = self._known[region.id]
             return Target(region, found.spots if found is not None else [])
 
@@ -53,9 +54,8 @@ class Targets:
     def close(self) -> None:
         """Deregister all. No read is under way."""
         with self._lock:
-            found = [known for known in self._known.values() if known is not None]
-            self._known.clear()
-        close_each(list(found))
+            known, self._known = self._known, {}
+        close_each([found for found in known.values() if found is not None])
 
 
 def _forget(targets: weakref.ref[Targets], region_id: str) -> None:

@@ -86,6 +86,11 @@ def told(binding: Verbs, what: str) -> Iterator[None]:
     try:
         yield
     except binding.Error as error:
-        code = getattr(error, "error_code", -1)
-        known = code if isinstance(code, int) and code > 0 else None
-        raise TransportError(f"{what}: {error}", errno=known) from error
+        raise as_ours(error, what) from error
+
+
+def as_ours(error: Exception, what: str) -> TransportError:
+    """What the binding raised, with the system's errno."""
+    code = getattr(error, "error_code", -1)
+    known = code if isinstance(code, int) and code > 0 else None
+    return TransportError(f"{what}: {error}", errno=known)
