@@ -87,7 +87,7 @@ def verify(
     """
     pieces = cuts(descriptor, layout.block_size, dst_block_ids, skip_blocks)
     begin = -(-skip_blocks * layout.block_size // descriptor.block_size)
-    with _stream_of_ours(region.device):
+    with _stream_of_ours(str(_bytes_of(region).device)):
         for take in takes(descriptor, layout):
             expected = _expected(descriptor, take)
             if not expected:
@@ -126,9 +126,9 @@ def _found(
     torch = import_module("torch")
     sums = _Sums(region, layout, take.heads)
     shape = (descriptor.num_blocks, len(take.heads))
-    total = torch.zeros(shape, dtype=torch.int32, device=region.device)
+    total = torch.zeros(shape, dtype=torch.int32, device=sums.device)
     for cut in pieces:
-        source = torch.tensor([index for index, _ in cut.pairs], device=region.device)
+        source = torch.tensor([index for index, _ in cut.pairs], device=sums.device)
         blocks = [block for _, block in cut.pairs]
         total[source] += sums.of(
             blocks, cut.src_token, cut.dst_token, cut.num_tokens, descriptor.block_size
@@ -141,16 +141,16 @@ class _Sums:
 
     def __init__(self, region: Region, layout: KVLayout, heads: range) -> None:
         torch = import_module("torch")
-        self._words = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[_word_bytes(layout)]
-        self._layout, self._device = layout, region.device
+        words = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[_word_bytes(layout)]
         planes, per_rank, size = layout.num_planes, len(layout.heads), layout.block_size
         first = heads.start - layout.heads.start
         head_major = layout.order == "head_major"
         shape = (planes, per_rank, size) if head_major else (planes, size, per_rank)
         flat = _bytes_of(region)
+        self.device = str(flat.device)
         if flat.data_ptr() % _word_bytes(layout):
             raise KVUsageError("checksums need blocks that begin at a multiple of 4 bytes")
-        pool = flat.view(self._words).view(region.num_blocks, *shape, -1)
+        pool = flat.view(words).view(region.num_blocks, *shape, -1)
         by_head = pool if head_major else pool.transpose(2, 3)
         self._pool_NPHbW = by_head[:, :, first : first + len(heads)]
 
@@ -169,13 +169,13 @@ class _Sums:
         planes, heads = pool.shape[1:3]
         weights = [
             table[:, None, src_token : src_token + num_tokens]
-            for table in _weights(planes, src_block_size, pool.shape[-1], self._device)
+            for table in _weights(planes, src_block_size, pool.shape[-1], self.device)
         ]
         plane_bytes = 4 * heads * num_tokens * pool.shape[-1]
-        room = max(1, _TILE_BYTES.get(self._device, _DEVICE_TILE_BYTES) // plane_bytes)
+        room = max(1, _TILE_BYTES.get(self.device, _DEVICE_TILE_BYTES) // plane_bytes)
         at_once, blocks = min(planes, room), max(1, room // planes)
-        sums = torch.zeros((len(block_ids), heads), dtype=torch.int32, device=self._device)
-        ids = torch.tensor(block_ids, device=self._device)
+        sums = torch.zeros((len(block_ids), heads), dtype=torch.int32, device=self.device)
+        ids = torch.tensor(block_ids, device=self.device)
         for first in range(0, len(block_ids), blocks):
             part = slice(first, first + blocks)
             tile = pool[ids[part]] if blocks > 1 else pool[block_ids[first]].unsqueeze(0)

@@ -153,7 +153,7 @@ def cuts(
     return [Cut(*places, tuple(pairs)) for places, pairs in found.items()]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def spans(
     source: KVLayout,
     own: KVLayout,

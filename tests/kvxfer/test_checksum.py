@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fake_cuda import FakeCudaRegion, fake_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ from kvxfer import (
 )
 from kvxfer.layout import Order
 from kvxfer.testing.unequal import HOST, ORDERS, UnequalSuite, ranks_of, unequal_layout
-from kvxfer.transports import Fault
+from kvxfer.transports import Fault, cuda_ipc
 
 torch.set_num_threads(1)
 NUM_BLOCKS = 24
@@ -137,6 +138,17 @@ def test_memory_of_a_tensor_gives_the_same() -> None:
     assert checksum.block_sums(region, layout, [4, 3], 20) == expected
     host.close()
     region.close()
+
+
+def test_pools_on_devices_between_ends_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `cuda_ipc`, whose devices are this process's memory here."""
+    monkeypatch.setattr(cuda_ipc, "_served", {})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    mover = Mover(lambda: cuda_ipc.CudaIpcTransport("open sesame", host=HOST))
+    monkeypatch.setattr(mover, "make_region", FakeCudaRegion, raising=False)
+    monkeypatch.setattr(mover, "make_destination", FakeCudaRegion, raising=False)
+    with fake_cuda():
+        mover.test_other_ranks_and_block_sizes()
 
 
 @pytest.mark.gpu
