@@ -12,7 +12,8 @@ layers, 8 KV heads of 128, bfloat16). With one GPU both may be the same.
     both      two threads that pull at once, as an engine's do: bytes of both by the clock
     parts     half of the heads, as a rank of two takes them: many short pieces
     step      a decode step (256 sequences; products and attention of such a model in a CUDA
-              graph) alone, and while one thread pulls without a pause
+              graph) alone, and while one thread pulls without a pause: as fast as it can, then
+              by the kernel, then at most PACE bytes/s on average
 
 Prints a table and one JSON object.
 """
@@ -48,6 +49,7 @@ LAYERS, HEADS, HEAD_DIM, ITEM_BYTES = 32, 8, 128, 2
 TOKEN_BYTES = LAYERS * 2 * HEADS * HEAD_DIM * ITEM_BYTES
 GIB = 1 << 30
 NUM_TABLES = 8
+PACE = 180e9
 ORDERS = ("head_major", "token_major")
 
 
@@ -211,9 +213,12 @@ def measure_pull(bench: Bench, size: int, order: str, length: int) -> dict[str, 
         whole_blocks(blocks(a), b, size * TOKEN_BYTES) for a, b in zip(found, into, strict=True)
     ]
     by = "auto" if bench.peer_device_differs else "kernel"
-    device = on_device(
-        bench, bench.rounds, lambda lane, turn: start(lane, plans[turn % 8], peer, mine, by)
-    )
+
+    def copy(lane: Lane, turn: int) -> None:
+        start(lane, plans[turn % NUM_TABLES], peer, mine, by, split=True)
+        lane.join()
+
+    device = on_device(bench, bench.rounds, copy)
     both = measure_both(bench, consumer, found, into)
     num_bytes = length * TOKEN_BYTES
     rates = {
@@ -308,18 +313,19 @@ def measure_steps(bench: Bench, size: int, lengths: list[int], steps: int) -> li
     step = DecodeStep(bench.device)
     step.milliseconds(10)
     rows = []
-    for by in ("auto", "kernel", "engines"):
+    for by, pace in (("auto", 0.0), ("kernel", 0.0), ("auto", PACE)):
         for length in lengths:
             alone, beside, rates = [], [], []
             for _ in range(3):
                 alone += step.milliseconds(steps)
-                with Pulling(bench, size, length, by) as pulling:
+                with Pulling(bench, size, length, by, pace) as pulling:
                     beside += step.milliseconds(steps)
                 rates.append(pulling.gb_per_s)
             slower = median(beside) / median(alone) - 1
             rows.append(
                 {
                     "by": by,
+                    "most_gb_per_s": pace / 1e9,
                     "tokens": length,
                     "alone_ms": round(median(alone), 3),
                     "beside_ms": round(median(beside), 3),
@@ -333,8 +339,8 @@ def measure_steps(bench: Bench, size: int, lengths: list[int], steps: int) -> li
 class Pulling:
     """A thread that pulls without a pause."""
 
-    def __init__(self, bench: Bench, size: int, length: int, by: Any) -> None:
-        self._way = bench.way
+    def __init__(self, bench: Bench, size: int, length: int, by: Any, pace: float) -> None:
+        self._pace, self._bytes_per_s = bench.way.pace, pace
         self._stop = threading.Event()
         self._bench, self._size, self._length, self._by = bench, size, length, by
         self._thread = threading.Thread(target=self._run)
@@ -350,6 +356,7 @@ class Pulling:
         self._direct, self._before = opened.way, opened.way._by
         if self._by != "auto":
             opened.way._by = self._by
+        self._pace.bytes_per_s = self._bytes_per_s
         self._begun = time.perf_counter()
         self._thread.start()
         return self
@@ -367,7 +374,7 @@ class Pulling:
         self._stop.set()
         self._thread.join()
         seconds = time.perf_counter() - self._begun
-        self._direct._by = self._before
+        self._direct._by, self._pace.bytes_per_s = self._before, 0
         self.gb_per_s = self._count * self._length * TOKEN_BYTES / seconds / 1e9
 
 

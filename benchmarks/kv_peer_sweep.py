@@ -6,6 +6,7 @@ Part of `kv_peer_copy.py --sweep`: what the constants of `kvxfer.cuda.mover` wer
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,7 +48,8 @@ class Case:
             source = [self.peer + src * self.block_bytes for src, _ in part]
             to = [self.mine + dst * self.block_bytes for _, dst in part]
             if batch:
-                cuda.copy_batch(to, source, [self.block_bytes] * len(part), stream)
+                sizes = array("Q", [self.block_bytes]) * len(part)
+                cuda.copy_batch(array("Q", to), array("Q", source), sizes, stream)
             else:
                 for at, into in zip(source, to, strict=True):
                     cuda.copy(into, at, self.block_bytes, stream)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -47,6 +48,17 @@ class _CopyAttributes(ctypes.Structure):
         ("dst_id", ctypes.c_int),
         ("flags", ctypes.c_uint),
     ]
+
+
+_MOST_ARGUMENTS = 4
+_attributes, _first_index, _failed_index = (
+    *(_CopyAttributes(order=_SOURCE_ORDER_STREAM), ctypes.c_size_t(0), ctypes.c_size_t()),
+)
+_SAME_FOR_ALL = (
+    *(ctypes.addressof(_attributes), ctypes.addressof(_first_index), 1),
+    ctypes.addressof(_failed_index),
+)
+"""Of batches: their one kind of copy, from the first on, and where it says which failed."""
 
 
 class Driver:
@@ -244,9 +256,12 @@ class Driver:
         self.check(self._short.cuMemcpyAsync(to, source, num_bytes, stream), "cuMemcpyAsync")
 
     def copy_batch(
-        self, to: Sequence[int], source: Sequence[int], sizes: Sequence[int], stream: int
+        self, to: array[int], source: array[int], sizes: array[int], stream: int
     ) -> None:
-        """Many copies, in any order among themselves; one call where the driver has it."""
+        """Many copies, in any order among themselves; one call where the driver has it.
+
+        The arrays are of type "Q"; the driver has read them when this returns.
+        """
         if len(sizes) > 1 and self.has_batch:
             self.has_batch = self._copy_batch(to, source, sizes, stream)
             if self.has_batch:
@@ -256,18 +271,35 @@ class Driver:
             self.check(call(*piece, stream), "cuMemcpyAsync")
 
     def _copy_batch(
-        self, to: Sequence[int], source: Sequence[int], sizes: Sequence[int], stream: int
+        self, to: array[int], source: array[int], sizes: array[int], stream: int
     ) -> bool:
         """False where the driver or these devices cannot: then they are copied one by one."""
-        count = len(sizes)
-        numbers = ctypes.c_uint64 * count
-        attributes = _CopyAttributes(order=_SOURCE_ORDER_STREAM)
-        first, failed = ctypes.c_size_t(0), ctypes.c_size_t()
-        code = self._lib.cuMemcpyBatchAsync(
-            *(numbers(*to), numbers(*source), numbers(*sizes), count),
-            *(ctypes.byref(attributes), ctypes.byref(first), 1, ctypes.byref(failed), stream),
-        )
+        pointers = (found.buffer_info()[0] for found in (to, source, sizes))
+        code = self._lib.cuMemcpyBatchAsync(*pointers, len(sizes), *_SAME_FOR_ALL, stream)
         return bool(code == _OK)
+
+    # --- kernels; the device's context is current
+
+    def launch(
+        self,
+        function: int,
+        programs: int,
+        threads: int,
+        shared_bytes: int,
+        pointer: int,
+        stream: int,
+    ) -> None:
+        """One whose only argument of ours is a pointer; others that its compiler adds are null."""
+        values = (ctypes.c_uint64 * _MOST_ARGUMENTS)(pointer)
+        step = ctypes.sizeof(ctypes.c_uint64)
+        first = ctypes.addressof(values)
+        each = (ctypes.c_void_p * _MOST_ARGUMENTS)(
+            *range(first, first + step * _MOST_ARGUMENTS, step)
+        )
+        code = self._lib.cuLaunchKernel(
+            *(function, programs, 1, 1, threads, 1, 1, shared_bytes, stream, each, None)
+        )
+        self.check(code, "cuLaunchKernel")
 
 
 @cache
@@ -318,5 +350,6 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "cuEventQuery": [_P],
     "cuEventElapsedTime": [_P, _P, _P],
     "cuMemcpyAsync": [_U64, _U64, _SIZE, _P],
+    "cuLaunchKernel": [_P, *[_UINT] * 7, _P, _P, _P],
     "cuMemcpyBatchAsync": [_P, _P, _P, _SIZE, _P, _P, _SIZE, _P, _P],
 }

@@ -1,8 +1,9 @@
 """A lane: what one read at a time needs on one device.
 
-A stream of its own, so that neither the engine's work waits for a read nor a read for it; an
-event to wait for; page-locked and device memory for the kernel's table. Lanes are kept for the next
-read: there are as many as there were reads at once.
+A stream of its own, so that neither the engine's work waits for a read nor a read for it; events
+to wait for; page-locked and device memory for the kernel's table. A read that goes by two streams
+has a second lane beside it. Lanes are kept for the next read: there are as many as there were
+reads at once.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class Lane:
         self._release.atexit = False
         self._host: Any = None
         self._table: Any = None
+        self._beside: Lane | None = None
+        self._is_split = False
+        self._mark = 0
 
     def table(self, words: array[int]) -> Any:
         """The words as a tensor on the device, from here on in the stream's order."""
@@ -49,6 +53,27 @@ class Lane:
         self._cuda.copy(self._table.data_ptr(), self._host.data_ptr(), num_bytes, self.stream)
         return self._table
 
+    def beside(self) -> Lane:
+        """A second one for another part of the same read, until the next `wait` or `join`.
+
+        What it is given does not wait for what this one has.
+        """
+        if self._beside is None:
+            self._beside = Lane(self.device)
+        self._is_split = True
+        return self._beside
+
+    def mark(self, lane: Lane) -> None:
+        """`wait` sleeps until `lane` (this one or the one beside) has done what it has now, and
+        waits for the rest on a processor."""
+        self._mark = lane.record()
+
+    def join(self) -> None:
+        """What this one gets from now on waits for the one beside it too."""
+        if self._is_split and self._beside is not None:
+            self._cuda.follow(self.stream, self._beside.record())
+        self._is_split, self._mark = False, 0
+
     def record(self, *, briefly: bool = False) -> int:
         """An event that happens when what the stream has now is done. `briefly`: who waits for it
         does so on a processor, which is sooner by the time that waking takes."""
@@ -57,13 +82,26 @@ class Lane:
         return event
 
     def wait(self, *, briefly: bool = False) -> None:
-        """Until all that the stream has is done; the interpreter's lock is let go."""
-        self._cuda.wait(self.record(briefly=briefly))
+        """Until all that this one and the one beside it have is done; the interpreter's lock is
+        let go."""
+        mark, self._mark = self._mark, 0
+        briefly = briefly or bool(mark)
+        events = [self.record(briefly=briefly)]
+        if self._is_split and self._beside is not None:
+            events.append(self._beside.record(briefly=briefly))
+            self._is_split = False
+        if mark:
+            self._cuda.wait(mark)
+        for event in events:
+            self._cuda.wait(event)
 
     def close(self) -> None:
         """Give back the stream and the events. Idempotent."""
         self._release()
         self._host = self._table = None
+        if self._beside is not None:
+            self._beside.close()
+            self._beside = None
 
 
 def _release(cuda: Driver, device: int, stream: int, *events: int) -> None:

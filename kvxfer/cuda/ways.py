@@ -9,6 +9,7 @@ staged    no access: the peer's device gathers the pieces into a buffer of its o
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
@@ -22,8 +23,9 @@ from kvxfer.plan import ReadPlan
 Kind = Literal["auto", "direct", "staged"]
 STAGE_BYTES = 32 << 20
 """Copied at once by the staged way; there are two such buffers on each device."""
-_BRIEF_BYTES = 64 << 20
-"""A read so short ends within about 200 us over NVLink: waiting asleep would cost much of that."""
+_BRIEF_S = 250e-6
+"""What should come within this time is waited for on a processor: waking takes tens of us."""
+_MOST_BRIEF_BYTES = 64 << 20
 
 
 class Way(Protocol):
@@ -74,7 +76,11 @@ def open_way(pool: Pool, device: int, kind: Kind = "auto", by: By = "auto") -> W
 
 
 class Direct:
-    """See the module."""
+    """See the module.
+
+    A thread that waits for a read sleeps, but for about its last 250 us, as fast as the read
+    before came: those it waits for on a processor, with the interpreter's lock let go.
+    """
 
     kind = "direct"
 
@@ -84,11 +90,20 @@ class Direct:
         self._address, self._opened = pool.open(device)
         # Within a device the kernel is as good for long pieces, and the engines are not.
         self._by: By = "kernel" if by == "auto" and source == device and has_kernel() else by
+        self._brief_bytes = 0
 
     def copy(self, lane: Lane, plan: ReadPlan, destination: int) -> None:
         """See `Way`."""
-        start(lane, plan, self._address, destination, self._by)
-        lane.wait(briefly=plan.num_bytes < _BRIEF_BYTES)
+        num_bytes, brief_bytes = plan.num_bytes, self._brief_bytes
+        begun = time.perf_counter()
+        start(
+            *(lane, plan, self._address, destination, self._by),
+            split=True,
+            brief_bytes=brief_bytes,
+        )
+        lane.wait(briefly=num_bytes <= brief_bytes)
+        at_that_rate = num_bytes * _BRIEF_S / (time.perf_counter() - begun)
+        self._brief_bytes = min(int(at_that_rate), _MOST_BRIEF_BYTES)
 
     def close(self) -> None:
         """See `Way`."""

@@ -25,6 +25,7 @@ from kvxfer.cuda.driver import HANDLE_BYTES, driver, ordinal_of
 from kvxfer.cuda.lanes import Lanes
 from kvxfer.cuda.memory import export
 from kvxfer.cuda.mover import By
+from kvxfer.cuda.pace import Pace
 from kvxfer.cuda.ways import Kind, Pool, Way, open_way
 from kvxfer.errors import (
     BadDescriptor,
@@ -48,7 +49,9 @@ class CudaIpcTransport:
     """See the module. `host` is this machine's name, as descriptors carry it.
 
     `way` and `by` choose how the blocks come, `auto` by what the devices report
-    (`kvxfer.cuda.ways`, `kvxfer.cuda.mover`).
+    (`kvxfer.cuda.ways`, `kvxfer.cuda.mover`). Whole blocks need no Triton: the copy engines move
+    them. `pace.bytes_per_s` limits what comes on average (`kvxfer.cuda.pace`); 0, as at first: as
+    much as the link gives.
     """
 
     name = "cuda_ipc"
@@ -66,6 +69,7 @@ class CudaIpcTransport:
         self._way, self._by = way, by
         self._server: ControlServer | None = None
         self._offers: dict[str, tuple[Region, Message]] = {}
+        self.pace = Pace()
         self._maps = Mappings(looks=True)
         weakref.finalize(self, self._maps.clear).atexit = False
         self._lanes: dict[int, Lanes] = {}
@@ -132,6 +136,7 @@ class CudaIpcTransport:
             if not pool.open:
                 self._check(pool)
             check_source(plan, pool.num_blocks, pool.block_bytes)
+            self.pace.take(plan.num_bytes, timeout_s)
             with self._lanes_of(device).use() as lane:
                 pool.way.copy(lane, plan, destination.address)
         except MemoryError as error:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -133,7 +134,7 @@ class FakeDriver:
         ctypes.memmove(to, source, num_bytes)
 
     def copy_batch(
-        self, to: Sequence[int], source: Sequence[int], sizes: Sequence[int], stream: int
+        self, to: array[int], source: array[int], sizes: array[int], stream: int
     ) -> None:
         self._need_context()
         self.done["batches"] += 1
