@@ -48,7 +48,8 @@ class ProofSuite(TransportHarness):
         """A writer reuses blocks all the time; whatever is proved holds one content alone."""
         layout = LAYOUTS[2]
         with self.pair(layout) as pair:
-            stop, lock = threading.Event(), threading.Lock()
+            stop, turn_of = threading.Event(), threading.Condition()
+            is_wanted = False
             blocks, values = list(range(16)), itertools.cycle(range(250))
             now = b""
 
@@ -61,7 +62,8 @@ class ProofSuite(TransportHarness):
 
             def keep_writing() -> None:
                 while not stop.is_set():
-                    with lock:
+                    with turn_of:  # a lock alone might never come round to the reader
+                        turn_of.wait_for(lambda: not is_wanted, timeout=20)
                         write()
 
             write()
@@ -70,8 +72,11 @@ class ProofSuite(TransportHarness):
             proved = 0
             try:
                 for turn in range(300):
-                    with lock:  # descriptors are made by the owner, between its writes
+                    is_wanted = True
+                    with turn_of:  # descriptors are made by the owner, between its writes
                         described, expected = pair.offer(blocks, str(turn)), now
+                        is_wanted = False
+                        turn_of.notify()
                     try:
                         pair.consumer.pull(described, blocks)
                     except StaleGeneration:
@@ -83,6 +88,9 @@ class ProofSuite(TransportHarness):
                         assert self.read_block(pair.destination, block) == expected
             finally:
                 stop.set()
+                with turn_of:
+                    is_wanted = False
+                    turn_of.notify()
                 thread.join()
             print(f"{proved} of 300 reads were proved")
             described = pair.offer(blocks, "last")
