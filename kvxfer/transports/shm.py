@@ -17,17 +17,21 @@ from kvxfer.errors import KVUsageError, PeerLost, Revoked
 from kvxfer.plan import ReadPlan
 from kvxfer.region import EPOCH, OPEN, Region
 from kvxfer.transports.base import Address, Stamp, check_source
+from kvxfer.transports.copier import Copier, default_threads
 from kvxfer.transports.mappings import Mapped, Mappings, start_time
-from kvxfer.transports.mem import copy_pieces
 
 
 class ShmTransport:
-    """See the module. `host` is this machine's name, as descriptors carry it."""
+    """See the module. `host` is this machine's name, as descriptors carry it; `threads` copy a
+    large read at once, `copier.default_threads` of them unless told. Raises KVUsageError."""
 
     name = "shm"
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, *, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise KVUsageError(f"{threads} threads")
         self._host = host
+        self._copier = Copier(threads or default_threads())
         self._maps = Mappings()
         weakref.finalize(self, self._maps.clear).atexit = False
 
@@ -55,7 +59,7 @@ class ShmTransport:
         if not head[OPEN]:
             self._check(mapped)
         check_source(plan, mapped.num_blocks, mapped.block_bytes)
-        copy_pieces(mapped.address, plan.pieces(), destination.address)
+        self._copier.copy(mapped.address, plan, destination.address)
         stamp = Stamp(head[EPOCH], list(map(mapped.generations.__getitem__, plan.src_blocks)))
         if not head[OPEN] or mapped.process.is_gone():
             self._check(mapped)
@@ -64,6 +68,7 @@ class ShmTransport:
     def close(self) -> None:
         """See `Transport`."""
         self._maps.clear()
+        self._copier.close()
 
     def _check(self, mapped: Mapped) -> None:
         """Revoked before dead: an owner that says goodbye does both."""
