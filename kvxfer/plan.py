@@ -46,8 +46,7 @@ class ReadPlan(NamedTuple):
         """Bytes that are copied."""
         found = 0
         for spans, pairs in self.moves:
-            for span in spans:
-                found += len(pairs) * span.num_bytes
+            found += len(pairs) * sum([num_bytes for _, _, num_bytes in spans])
         return found
 
     @property

@@ -50,47 +50,68 @@ class Table(NamedTuple):
     """Of the group with most."""
 
 
+class _Pattern(NamedTuple):
+    """Equally long spans of a move."""
+
+    length: int
+    num_spans: int
+    words: array[int]
+    """Where each begins within a source and a destination block."""
+    common: int
+    """Every one of these numbers, and the length, is a multiple."""
+
+
+_KEPT = 64
+_kept: dict[int, tuple[tuple[Span, ...], list[_Pattern]]] = {}
+"""By the identity of the spans, which are the same object in one plan after another."""
+
+
 def encode(plan: ReadPlan, source: int, destination: int, *, tile_bytes: int = TILE_BYTES) -> Table:
     """The plan's read between blocks 0 at these addresses."""
-    groups = [part for move in plan.moves for part in _equally_long(move) if part.pairs]
-    lengths = [move.spans[0].num_bytes for move in groups]
-    shape = _shape(plan, groups, lengths, (source, destination), tile_bytes)
-    head = [source, destination, plan.src_block_bytes, plan.dst_block_bytes, len(groups), 0, 0, 0]
+    groups = [(part, move.pairs) for move in plan.moves if move.pairs for part in _patterns(move)]
+    common = gcd(source, destination, plan.src_block_bytes, plan.dst_block_bytes)
+    common = gcd(common, *(part.common for part, _ in groups))
+    shape = _shape(common, [part.length for part, _ in groups], tile_bytes)
+    words = array("q", [source, destination, plan.src_block_bytes, plan.dst_block_bytes])
+    words.extend((len(groups), 0, 0, 0))
     at = HEAD_WORDS + GROUP_WORDS * len(groups)
     tables = array("q")
     most = 0
-    for move, length in zip(groups, lengths, strict=True):
-        rows_of_span = -(-length // shape.row_bytes)
+    for part, pairs in groups:
+        rows_of_span = -(-part.length // shape.row_bytes)
         spans_at = at + len(tables)
-        tables.extend(chain.from_iterable((src, dst) for src, dst, _ in move.spans))
+        tables += part.words
         pairs_at = at + len(tables)
-        tables.extend(chain.from_iterable(move.pairs))
-        head += [length, rows_of_span, len(move.spans), spans_at, len(move.pairs), pairs_at, 0, 0]
-        most = max(most, len(move.pairs) * len(move.spans) * rows_of_span)
-    words = array("q", head)
+        tables.extend(chain.from_iterable(pairs))
+        words.extend(
+            (part.length, rows_of_span, part.num_spans, spans_at, len(pairs), pairs_at, 0, 0)
+        )
+        most = max(most, len(pairs) * part.num_spans * rows_of_span)
     words += tables
     return Table(words, shape, -(-most // shape.rows))
 
 
-def _equally_long(move: Move) -> list[Move]:
-    if len(move.spans) == 1:
-        return [move]
+def _patterns(move: Move) -> list[_Pattern]:
+    found = _kept.get(id(move.spans))
+    if found is not None and found[0] is move.spans:
+        return found[1]
     by_length: dict[int, list[Span]] = {}
     for span in move.spans:
         by_length.setdefault(span.num_bytes, []).append(span)
-    return [Move(tuple(spans), move.pairs) for length, spans in by_length.items() if length]
+    patterns = []
+    for length, spans in by_length.items():
+        if length:
+            words = array("q", [number for span in spans for number in span[:2]])
+            patterns.append(_Pattern(length, len(spans), words, gcd(length, *words)))
+    if len(move.pairs) > 1:  # else they may well be of this read alone
+        if len(_kept) >= _KEPT:
+            _kept.clear()
+        _kept[id(move.spans)] = move.spans, patterns
+    return patterns
 
 
-def _shape(
-    plan: ReadPlan,
-    groups: Sequence[Move],
-    lengths: Sequence[int],
-    bases: tuple[int, int],
-    tile_bytes: int,
-) -> Shape:
+def _shape(common: int, lengths: Sequence[int], tile_bytes: int) -> Shape:
     """The widest accesses and the longest rows that fit all of it."""
-    offsets = (number for move in groups for span in move.spans for number in span)
-    common = gcd(*bases, plan.src_block_bytes, plan.dst_block_bytes, *offsets)
     unit = next((unit for unit in (16, 4) if common % unit == 0), 1)
     whole = gcd(*lengths)
     tile_bytes = tile_bytes * unit // 16
