@@ -8,7 +8,8 @@ layers, 8 KV heads of 128, bfloat16). With one GPU both may be the same.
 
     limit     a contiguous copy of 1 GiB out of the peer's pool, in turn with the pulls
     pull      `KVConsumer.pull` by the clock: plan, copy, wait, proof; its median
-    device    the copy alone, between two events on its stream
+    device    the copy alone, between two events on its stream; `call_us` of that is what it takes
+              to give the whole read to the driver, most of it while bytes move already
     both      two threads that pull at once, as an engine's do: bytes of both by the clock
     parts     half of the heads, as a rank of two takes them: many short pieces
     step      a decode step (256 sequences; products and attention of such a model in a CUDA
@@ -213,9 +214,12 @@ def measure_pull(bench: Bench, size: int, order: str, length: int) -> dict[str, 
         whole_blocks(blocks(a), b, size * TOKEN_BYTES) for a, b in zip(found, into, strict=True)
     ]
     by = "auto" if bench.peer_device_differs else "kernel"
+    calls: list[float] = []
 
     def copy(lane: Lane, turn: int) -> None:
+        begun = time.perf_counter()
         start(lane, plans[turn % NUM_TABLES], peer, mine, by, split=True)
+        calls.append(time.perf_counter() - begun)
         lane.join()
 
     device = on_device(bench, bench.rounds, copy)
@@ -228,6 +232,7 @@ def measure_pull(bench: Bench, size: int, order: str, length: int) -> dict[str, 
     }
     row: dict[str, Any] = {"tokens": length, "block_size": size, "order": order}
     row["pull_us"], row["device_us"] = round(median(seconds) * 1e6, 1), round(device * 1e6, 1)
+    row["call_us"] = round(median(calls) * 1e6, 1)
     for name, rate in rates.items():
         row[f"{name}_gb_per_s"] = round(rate, 1)
         row[f"{name}_of_limit"] = round(rate / bench.limit_gb_per_s, 3)

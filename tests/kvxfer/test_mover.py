@@ -1,4 +1,4 @@
-"""Who copies a read, and in which batches: on a driver that is not there."""
+"""Who copies a read, in which batches and when: on a driver that is not there."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import random
 import pytest
 from fake_cuda import fake_cuda
 
-from kvxfer import Move, ReadPlan, Span, whole_blocks
-from kvxfer.cuda import mover
+from kvxfer import Move, ReadPlan, Span, TransferTimeout, whole_blocks
+from kvxfer.cuda import mover, pace
 from kvxfer.cuda.lanes import Lane
 from kvxfer.kernels.table import encode
 
@@ -80,3 +80,20 @@ def test_spans_that_come_again_are_encoded_the_same() -> None:
     other = plan._replace(moves=(Move(plan.moves[0].spans, plan.moves[0].pairs[::-1]),))
     assert encode(other, 1 << 40, 1 << 41) != first
     assert encode(plan, 1 << 40, 1 << 41) == first
+
+
+def test_reads_wait_until_no_more_came_than_was_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept = 100.0, [0.0]
+    monkeypatch.setattr("kvxfer.cuda.pace.time.monotonic", lambda: now)
+    monkeypatch.setattr("kvxfer.cuda.pace.time.sleep", slept.append)
+    found = pace.Pace()
+    found.take(1 << 40, 0)  # no limit
+    found.bytes_per_s = 1000
+    found.take(500, 1)
+    found.take(250, 1)
+    assert slept == [0.0, 0.5]
+    with pytest.raises(TransferTimeout):
+        found.take(1, 0.5)
+    now = 101.0
+    found.take(250, 0)
+    assert slept == [0.0, 0.5]
