@@ -26,7 +26,7 @@ class Case:
     @property
     def count(self) -> int:
         """Blocks of one transfer."""
-        return max(1, self.transfer_bytes // self.block_bytes)
+        return max(1, round(self.transfer_bytes / self.block_bytes))
 
     @property
     def num_bytes(self) -> int:

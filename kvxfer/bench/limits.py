@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import re
 import shutil
@@ -11,21 +12,22 @@ import subprocess
 from collections.abc import Callable
 
 from kvxfer.bench.case import Case
-from kvxfer.bench.source import LOOPBACK, make_region
+from kvxfer.bench.source import LOOPBACK
 
 Copy = Callable[[int], object]
 
 
 def memory_copy(case: Case) -> Copy:
-    """One memcpy, in memory of the same kind as regions are."""
-    import ctypes
-
-    source, target = (make_region(case.num_blocks, case.block_bytes, "cpu", i) for i in (1, 2))
+    """One memcpy between ordinary buffers, by one thread."""
+    buffers = [ctypes.create_string_buffer(case.pool_bytes) for _ in range(2)]
+    source, target = map(ctypes.addressof, buffers)
+    for address in (source, target):
+        ctypes.memset(address, 1, case.pool_bytes)
     move, size = ctypes.memmove, case.num_bytes
 
-    def copy(turn: int) -> None:
+    def copy(turn: int, buffers: object = buffers) -> None:
         start = case.offset(turn)
-        move(target.address + start, source.address + start, size)
+        move(target + start, source + start, size)
 
     return copy
 

@@ -99,7 +99,7 @@ def test_sizes() -> None:
         *("100 B", "360 KiB", "1 MiB", "3 GiB")
     ]
     case = Case(1 << 20, 360 << 10, 50)
-    assert (case.count, case.num_bytes) == (2, 720 << 10)
+    assert (case.count, case.num_bytes) == (3, 1080 << 10)
     assert len(case.tables) == 32 and case.tables == Case(1 << 20, 360 << 10, 50).tables
     assert all(case.offset(turn) + case.num_bytes <= case.pool_bytes for turn in range(1000))
 
