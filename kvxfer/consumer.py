@@ -41,13 +41,8 @@ class PullStats(NamedTuple):
     """Those that were used, joined by commas where parts came by different ones."""
 
 
-class _Read(NamedTuple):
-    """One part on its way."""
-
-    of: KVDescriptor
-    part: KVPart
-    plan: ReadPlan
-    deadline: float
+_Read = tuple[KVDescriptor, KVPart, ReadPlan, float]
+"""One part on its way: of what, which, what of it, until when."""
 
 
 class KVConsumer:
@@ -90,10 +85,11 @@ class KVConsumer:
         start = time.perf_counter()
         if not reads:
             return PullStats(0, 0.0, "none")
-        todo, num_bytes, has_sums = [], 0, False
+        todo: list[_Read] = []
+        num_bytes, has_sums = 0, False
         for index, plan in reads:
             part = descriptor.parts[index]
-            todo.append(_Read(descriptor, part, plan, start + timeout_s))
+            todo.append((descriptor, part, plan, start + timeout_s))
             num_bytes += plan.num_bytes
             has_sums = has_sums or bool(part.checksums)
         if has_sums:
@@ -137,23 +133,24 @@ class KVConsumer:
 
     def _part(self, read: _Read) -> str:
         """Read and prove one part; by which transport."""
+        descriptor, part, plan, _ = read
         stamp, name = self._read(read)
-        prove(read.of.id, read.part, read.plan, stamp)
+        prove(descriptor.id, part, plan, stamp)
         return name
 
     def _read(self, read: _Read) -> tuple[Stamp, str]:
-        descriptor, part = read.of, read.part
+        descriptor, part, plan, deadline = read
         failed: TransportError | None = None
         for transport in self._transports:
             address = part.endpoints.get(transport.name)
             if address is None or not transport.reaches(address, descriptor.host):
                 continue
-            left_s = read.deadline - time.perf_counter()
+            left_s = deadline - time.perf_counter()
             if left_s <= 0:
                 failed = failed or TransferTimeout("no time was left to begin")
                 break
             try:
-                found = transport.read(address, read.plan, self.region, left_s)
+                found = transport.read(address, plan, self.region, left_s)
                 return found, transport.name
             except TransportError as error:
                 failed = error

@@ -83,6 +83,10 @@ def whole_blocks(
 ) -> ReadPlan:
     """Each source block into the destination block beside it. Raises ValueError unless there
     are as many of both."""
-    pairs = tuple(zip(src_blocks, dst_blocks, strict=True))
-    move = Move((Span(0, 0, block_bytes),), pairs)
-    return ReadPlan(tuple(src_blocks), (move,) if pairs else (), block_bytes, block_bytes)
+    new = tuple.__new__  # the kinds' own would be three calls more in every pull
+    if len(src_blocks) != len(dst_blocks):
+        raise ValueError(f"{len(src_blocks)} source blocks, {len(dst_blocks)} destination blocks")
+    pairs = tuple(zip(src_blocks, dst_blocks))  # noqa: B905 - a keyword takes as long as the rest
+    move = new(Move, ((new(Span, (0, 0, block_bytes)),), pairs))
+    moves = (move,) if pairs else ()
+    return new(ReadPlan, (tuple(src_blocks), moves, block_bytes, block_bytes))

@@ -61,8 +61,8 @@ def check_source(plan: ReadPlan, num_blocks: int, block_bytes: int) -> None:
     """The peer's region has what the plan reads. Raises BadDescriptor."""
     if block_bytes != plan.src_block_bytes:
         raise BadDescriptor(f"blocks of {block_bytes} bytes there, not {plan.src_block_bytes}")
-    if (last := max(plan.src_blocks, default=-1)) >= num_blocks:
-        raise BadDescriptor(f"no block {last} in that region")
+    if plan.src_blocks and max(plan.src_blocks) >= num_blocks:
+        raise BadDescriptor(f"no block {max(plan.src_blocks)} in that region")
 
 
 def number(address: Address, name: str) -> int:

@@ -47,14 +47,15 @@ class Copier:
 
     def copy(self, source: int, plan: ReadPlan, destination: int) -> None:
         """What the plan says; both are where block 0 lies in this process."""
-        pieces, num_bytes = plan.pieces(), plan.num_bytes
-        if num_bytes < _SHARED_BYTES or not self._num_helpers:
+        pieces = plan.pieces()
+        about = len(plan.src_blocks) * plan.src_block_bytes
+        if about < _SHARED_BYTES or not self._num_helpers:
             move = ctypes.memmove
             for src, dst, size in pieces:
                 move(destination + dst, source + src, size)
             return
         units = _units(pieces)
-        step = max(1, _UNIT_BYTES * len(units) // num_bytes)
+        step = max(1, _UNIT_BYTES * len(units) // (plan.num_bytes or 1))
         job = source, destination, units, step, itertools.count(0, step)
         ends = [threading.Lock() for _ in range(self._num_helpers)]
         if not self._helpers:

@@ -21,7 +21,7 @@ def test_nothing_to_read() -> None:
 
 
 def test_as_many_sources_as_destinations() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="2 source blocks"):
         whole_blocks([1, 2], [1], 10)
 
 
