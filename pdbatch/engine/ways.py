@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 
-from kvxfer import Region, Transport, whole_blocks
+from kvxfer import CudaIpcTransport, Region, Transport, whole_blocks
 from kvxfer.choice import select
 from kvxfer.errors import KVTransferError, UnknownTransport, UnusableTransport
 from kvxfer.offers import available
@@ -19,6 +19,9 @@ from pdbatch.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _REHEARSAL_S = 60.0
+_PULLS_BYTES_PER_S = 180e9
+"""Of a peer's GPU memory, on average: a decode step beside pulls without a pause is then slowed by
+4% (5.5% without a limit: benchmarks/NOTES.md). A prefill makes KV at a tenth of that or less."""
 
 
 def resolve(names: Sequence[str], device: str = "cpu") -> list[str]:
@@ -61,6 +64,8 @@ def transports(config: EngineConfig, device: str = "cpu") -> list[Transport]:
                 ) from error
             logger.warning("KV does not move by %s: it cannot be opened: %s", name, error)
         else:
+            if isinstance(made, CudaIpcTransport):
+                made.pace.bytes_per_s = _PULLS_BYTES_PER_S
             opened.append(made)
     logger.info("KV moves by %s", ", ".join(way.name for way in opened))
     return opened
