@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_commands_of_the_other_machine() -> None:
         assert peer.line() == "lab2"
         peer.say("so it is")
         assert peer.wait() == (3, "lab2\n", "so it is\n")
+
+
+@pytest.mark.parametrize(("device", "address"), [("rxe0", "192.0.2.2"), ("rxe1", "198.51.100.2")])
+def test_each_device_reads_the_others_memory(device: str, address: str) -> None:
+    words = ["ib_read_bw", "-d", device, "-x", "1", "-s", "65536", "-n", "20", "-F"]
+
+    def read() -> str:
+        return subprocess.run([*words, address], capture_output=True, text=True).stdout
+
+    with LAB.start(words) as server:
+        assert settles(lambda: " 65536 " in read())
+        assert server.wait()[0] == 0
 
 
 def test_a_stopped_process_goes_on(echo: Peer) -> None:

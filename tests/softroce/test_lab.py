@@ -1,23 +1,18 @@
-"""One machine: what the lab promises, and the tests that run in it."""
+"""What the lab promises about a machine."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.softroce import inner as inner_tests
 from tests.softroce.lab import Lab
 from tests.softroce.machine import PROJECT, Machine, MachineLost
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-_SUITES = "(TestShm or TestTcp) and not " + " and not ".join(
-    ["leak", "comes_back", "dead", "dies", "stopped", "overlaps"]
-)
 
 
 def test_status_and_output_come_out(machine: Machine) -> None:
@@ -59,17 +54,6 @@ def test_pyverbs_of_the_system_in_the_projects_python(machine: Machine) -> None:
     code = "import pyverbs.device as d; print([x.name.decode() for x in d.get_device_list()])"
     done = machine.run([sys.executable, "-c", code])
     assert done.stdout == "['rxe0', 'rxe1']\n", done.stdout
-
-
-def test_the_suites_of_shared_memory_and_tcp(machine: Machine, inner: Callable[..., None]) -> None:
-    """They need no device: what fails here is the lab's fault, or emulation's. Without the tests
-    that start processes, at four seconds each."""
-    inner(machine, PROJECT / "tests/kvxfer/test_transports.py", "-k", _SUITES)
-
-
-@pytest.mark.parametrize("path", inner_tests.alone(), ids=lambda path: path.stem)
-def test_inside(machine: Machine, inner: Callable[..., None], path: Path) -> None:
-    inner(machine, path)
 
 
 def test_a_machine_that_ends_is_told_apart(lab: Lab) -> None:
