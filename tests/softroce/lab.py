@@ -49,16 +49,16 @@ class Lab:
     def __init__(self, kernel: Kernel, bindings: Path) -> None:
         self.kernel = kernel
         self._environ = {"PYTHONPATH": f"{PROJECT}:{bindings}", "PYTHONDONTWRITEBYTECODE": "1"}
-        self._environ |= {"OMP_NUM_THREADS": "1", "CI": "true", "PDBATCH_SOFTROCE_INSIDE": "1"}
+        self._environ |= {"OMP_NUM_THREADS": "1", "CI": "true", "SOFTROCE_INSIDE": "1"}
 
     @classmethod
     def prepare(cls, cache: Path | None = None) -> Lab:
-        """With the kernel from `cache` (default: PDBATCH_SOFTROCE_CACHE, ~/.cache/…), fetched into
+        """With the kernel from `cache` (default: SOFTROCE_CACHE, ~/.cache/…), fetched into
         it once. Raises LabUnavailable."""
         if missing := _missing():
             raise LabUnavailable(f"the lab needs: apt-get install {' '.join(missing)}")
         if cache is None:
-            named = os.environ.get("PDBATCH_SOFTROCE_CACHE")
+            named = os.environ.get("SOFTROCE_CACHE")
             cache = Path(named) if named else Path.home() / ".cache/pdbatch-softroce"
         return cls(prepare(cache), _bindings(cache))
 

@@ -6,7 +6,7 @@ The channels are socket pairs that the process inherits, so nothing listens anyw
     hooks    what a test in the machine asks of the lab (hooks.py)
     monitor  QEMU's own: reset, cables
 
-The processor is emulated, unless PDBATCH_SOFTROCE_ACCEL names another way ("kvm").
+The processor is emulated, unless SOFTROCE_ACCEL names another way ("kvm").
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Qemu:
 def _hardware(
     kernel: Kernel, folder: Path, console: Path, num_cpus: int, memory_mb: int
 ) -> list[str]:
-    accel = os.environ.get("PDBATCH_SOFTROCE_ACCEL") or "tcg,thread=multi"
+    accel = os.environ.get("SOFTROCE_ACCEL") or "tcg,thread=multi"
     root = "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"
     return [
         "qemu-system-x86_64",
