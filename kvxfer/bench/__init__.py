@@ -5,14 +5,14 @@ that was asked for take turns within one run, each round in another order, so th
 machine that others use too; a share is the median of the ratios within the rounds, every other
 figure a median too.
 All go through pools larger than the processor's caches, other blocks at each turn, as an engine
-does; the blocks are scattered at both ends, a limit's bytes are contiguous. Pages are as the system
-gives them to who asks for huge ones, for limits and rivals also.
+does; a transport's blocks are scattered at both ends, as a rival's are, a limit's bytes are
+contiguous. A transport's time is that of the whole pull, with its proof.
 
 | transport | limit |
 | --- | --- |
-| mem, shm | one memcpy of as many bytes within a process |
+| mem, shm | one memcpy of as many bytes, by one thread, between ordinary buffers of one process |
 | tcp | as many bytes through a plain socket on the loopback, from another process |
-| rdma | ib_read_bw (perftest) with requests of the same size, once for each size |
+| rdma | ib_read_bw (perftest) with requests of one block, measured once for each size |
 | cuda_ipc | one contiguous peer copy of as many bytes |
 
     cli       what may be asked           source   the producer's process
