@@ -133,7 +133,8 @@ class _Given(torch.nn.Module):
     hidden_1TC: torch.Tensor
 
     def forward(self, **_inputs: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden_1TC)  # type: ignore[arg-type]
+        hidden_1TC: Any = self.hidden_1TC  # transformers' versions differ in the type they name
+        return MoeModelOutputWithPast(last_hidden_state=hidden_1TC)
 
 
 def _warm(positions: list[range]) -> ModelInput:
