@@ -1,9 +1,9 @@
 """Pieces over one or several queue pairs, to their end.
 
 Each lane takes the next chain as soon as it has room, so that NICs of different speed share the
-work by what they can do; a chain has some MiB, so that several are under way and the next is
-written while the last ones travel. The proof (epoch and generations) travels behind the data:
-fenced on one lane, after all of them are empty on several.
+work by what they can do; a chain has what a link carries in some milliseconds, several are under
+way, and the next is written while the last ones travel. The proof (epoch and generations) travels
+behind the data: fenced on one lane, after all of them are empty on several.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 import errno
 import select
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvxfer.errors import PeerLost, TransferTimeout
 from kvxfer.transports.rdma_device import Spot
-from kvxfer.transports.rdma_queue import CHAIN_REQUESTS, CHAINS, Piece, Queue
+from kvxfer.transports.rdma_queue import CHAIN_REQUESTS, CHAINS, STEP_BYTES, Piece, Queue
 
 MOST_PIECE_BYTES = 4 << 20
-_LEAST_CHAIN_BYTES = 1 << 20
+_LEAST_SHARE_BYTES = 1 << 20
 _SPIN_S = 50e-6
 _LOOK_S = 0.05
 _NAP_S = 0.0005
@@ -49,35 +49,31 @@ class Flow:
     ) -> None:
         self._lanes, self._tail = lanes, tail
         self._most_chains = CHAINS if len(lanes) == 1 else 2  # the rest to who is done first
+        share_bytes = num_bytes // (len(lanes) * CHAINS) & -STEP_BYTES
+        self._share_bytes = max(_LEAST_SHARE_BYTES, share_bytes)
         most_bytes = min(lane.queue.device.most_message_bytes for lane in lanes)
-        requests = min(lane.queue.room for lane in lanes)
-        self._chains = chains(
-            pieces,
-            min(MOST_PIECE_BYTES, most_bytes),
-            min(CHAIN_REQUESTS, requests),
-            max(_LEAST_CHAIN_BYTES, num_bytes // (len(lanes) * CHAINS)),
-        )
-        self._next = next(self._chains, None)
+        self._supply = Supply(pieces, min(MOST_PIECE_BYTES, most_bytes))
 
     def push(self) -> None:
         """Post as much as there is room for."""
         posted = True
-        while posted and self._next is not None:
-            posted = False
-            for lane in self._lanes:
-                if self._next is not None and self._has_room(lane.queue, len(self._next)):
-                    lane.queue.post(self._next, lane.remote, lane.local)
-                    self._next = next(self._chains, None)
-                    posted = True
-        if self._next is None and self._tail is not None:
+        while posted and not self._supply.is_empty:
+            posted = any([self._post(lane) for lane in self._lanes])  # noqa: C419 - each has a turn
+        if self._supply.is_empty and self._tail is not None:
             pieces, lane = self._tail
             alone = len(self._lanes) == 1
             if lane.queue.room >= len(pieces) and (alone or not self._busy()):
                 lane.queue.post(pieces, lane.remote, lane.local, after_all=True)
                 self._tail = None
 
-    def _has_room(self, queue: Queue, requests: int) -> bool:
-        return queue.num_chains < self._most_chains and queue.room >= requests
+    def _post(self, lane: Lane) -> bool:
+        queue = lane.queue
+        if self._supply.is_empty or queue.num_chains >= self._most_chains or not queue.room:
+            return False
+        share_bytes = min(self._share_bytes, queue.chain_bytes)
+        chain = self._supply.take(min(CHAIN_REQUESTS, queue.room), share_bytes)
+        queue.post(chain, lane.remote, lane.local)
+        return True
 
     def finish(self, deadline: float, is_alive: Callable[[], bool]) -> None:
         """Until everything has arrived. `deadline` is monotonic; `is_alive` is asked now and then.
@@ -133,19 +129,37 @@ def _sleep(queues: Sequence[Queue], timeout_s: float) -> bool:
     return bool(ready)
 
 
-def chains(
-    pieces: Iterable[Piece], most_bytes: int, most_requests: int, share_bytes: int
-) -> Iterator[list[Piece]]:
-    """The pieces in order, none longer than `most_bytes`, in chains of about `share_bytes`."""
-    chain: list[Piece] = []
-    left = share_bytes
-    for src, dst, num_bytes in pieces:
-        while num_bytes:
-            size = min(num_bytes, most_bytes)
-            chain.append((src, dst, size))
-            src, dst, num_bytes, left = src + size, dst + size, num_bytes - size, left - size
-            if left <= 0 or len(chain) == most_requests:
-                yield chain
-                chain, left = [], share_bytes
-    if chain:
-        yield chain
+class Supply:
+    """Pieces in order, none longer than `most_bytes`, given out in chains."""
+
+    def __init__(self, pieces: Iterable[Piece], most_bytes: int) -> None:
+        self._pieces = iter(pieces)
+        self._most_bytes = most_bytes
+        self._src = self._dst = self._left = 0
+        self._advance()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all were given out."""
+        return not self._left
+
+    def take(self, most_requests: int, share_bytes: int) -> list[Piece]:
+        """The next ones, until they have the share or are as many as may be. Long pieces are cut
+        into shares, so that cuts lie as even as the shares are."""
+        chain: list[Piece] = []
+        most_bytes = min(self._most_bytes, share_bytes)
+        while self._left and share_bytes > 0 and len(chain) < most_requests:
+            size = min(self._left, most_bytes)
+            chain.append((self._src, self._dst, size))
+            share_bytes -= size
+            self._src, self._dst, self._left = self._src + size, self._dst + size, self._left - size
+            if not self._left:
+                self._advance()
+        return chain
+
+    def _advance(self) -> None:
+        """To the next piece that has bytes."""
+        for src, dst, num_bytes in self._pieces:
+            if num_bytes:
+                self._src, self._dst, self._left = src, dst, num_bytes
+                return

@@ -14,9 +14,10 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvxfer.errors import BadDescriptor
 from kvxfer.transports import rdma_verbs as abi
@@ -29,8 +30,18 @@ Piece = tuple[int, int, int]
 """Source byte, destination byte, length"""
 CHAIN_REQUESTS = 128
 CHAINS = 4
+LEAST_BYTES, FIRST_BYTES, MOST_BYTES = 256 << 10, 1 << 20, 64 << 20
+"""Of one chain, in steps of"""
+STEP_BYTES = 64 << 10
+_CHAIN_S = 0.01
 _GID = re.compile(r"[0-9a-f]{4}(:[0-9a-f]{4}){7}")
 _making_channel = threading.Lock()
+
+
+class _Chain(NamedTuple):
+    num_requests: int
+    num_bytes: int
+    posted_at: float
 
 
 class Queue:
@@ -42,7 +53,11 @@ class Queue:
         self.room = min(most, device.most_requests, device.most_completions - 1)
         """Requests that may be posted now."""
         self._psn = new_psn()
-        self._chains: deque[int] = deque()  # requests of each that is under way, oldest first
+        self._chains: deque[_Chain] = deque()  # those under way, oldest first
+        self._ended_at = 0.0
+        self.chain_bytes = FIRST_BYTES
+        """What the link carries in some milliseconds, by the chains so far: more at once would wait
+        for itself, and on a slow link for longer than the peer is waited for."""
         self._made: list[Any] = []
         try:
             with told(device.verbs, f"{device.nic}: no queue pair"):
@@ -103,7 +118,8 @@ class Queue:
             else:
                 self._post_plain(pieces, remote, local, abi.FENCE if after_all else 0)
         self.room -= len(pieces)
-        self._chains.append(len(pieces))
+        num_bytes = sum(num_bytes for _, _, num_bytes in pieces)
+        self._chains.append(_Chain(len(pieces), num_bytes, time.monotonic()))
 
     def _post_extended(
         self, pieces: Sequence[Piece], remote: Spot, local: Spot, flags: int
@@ -155,8 +171,18 @@ class Queue:
         for completion in found:
             if completion.status:
                 raise status_error(completion.status, self.device.nic)
-            self.room += self._chains.popleft()
+            self._end(self._chains.popleft())
         return bool(found)
+
+    def _end(self, chain: _Chain) -> None:
+        now = time.monotonic()
+        took_s = now - max(chain.posted_at, self._ended_at)
+        self.room += chain.num_requests
+        self._ended_at = now
+        if chain.num_bytes >= LEAST_BYTES:
+            carries = chain.num_bytes * _CHAIN_S / max(took_s, 1e-6)
+            most = min(2 * self.chain_bytes, MOST_BYTES)
+            self.chain_bytes = min(max(int(carries) & -STEP_BYTES, LEAST_BYTES), most)
 
     def arm(self) -> None:
         """The next completion makes `fd` readable; poll once more before waiting for it."""

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from kvxfer.region import HEADER, PAGE_BYTES
 from kvxfer.transports import rdma_verbs
 from kvxfer.transports.rdma import RdmaTransport
 from kvxfer.transports.rdma_device import Spot, close_each, ipv4_gid_index, open_devices
-from kvxfer.transports.rdma_flow import chains
+from kvxfer.transports.rdma_flow import Supply
 from kvxfer.transports.rdma_link import proof_pieces
 from kvxfer.transports.rdma_memory import heard_spots, told_spots
-from kvxfer.transports.rdma_queue import Queue
+from kvxfer.transports.rdma_queue import LEAST_BYTES, MOST_BYTES, Queue, _Chain
 from kvxfer.transports.rdma_settings import RdmaSettings, interface_address
 from kvxfer.transports.rdma_staging import carried, slots_of
 from kvxfer.transports.rdma_status import ENDINGS, status_error
@@ -183,14 +184,43 @@ def test_relaxed_ordering_is_for_blocks_alone() -> None:
 # --- chains
 
 
+def chains(
+    pieces: list[tuple[int, int, int]], most_bytes: int, most_requests: int, share_bytes: int
+) -> list[list[tuple[int, int, int]]]:
+    supply, found = Supply(pieces, most_bytes), []
+    while not supply.is_empty:
+        found.append(supply.take(most_requests, share_bytes))
+    assert supply.take(most_requests, share_bytes) == []
+    return found
+
+
 def test_pieces_become_chains() -> None:
-    pieces = [(0, 100, 10), (50, 0, 25), (200, 300, 1)]
-    assert list(chains(pieces, 10, 100, 1000)) == [
+    pieces = [(0, 100, 10), (9, 9, 0), (50, 0, 25), (200, 300, 1)]
+    assert chains(pieces, 10, 100, 1000) == [
         [(0, 100, 10), (50, 0, 10), (60, 10, 10), (70, 20, 5), (200, 300, 1)]
     ]
-    assert list(chains(pieces, 100, 2, 1000)) == [[(0, 100, 10), (50, 0, 25)], [(200, 300, 1)]]
-    assert list(chains(pieces, 100, 100, 10)) == [[(0, 100, 10)], [(50, 0, 25)], [(200, 300, 1)]]
-    assert list(chains([], 1, 1, 1)) == []
+    assert chains(pieces, 100, 2, 1000) == [[(0, 100, 10), (50, 0, 25)], [(200, 300, 1)]]
+    assert chains(pieces, 100, 100, 20) == [
+        [(0, 100, 10), (50, 0, 20)],
+        [(70, 20, 5), (200, 300, 1)],
+    ]
+    assert chains([], 1, 1, 1) == chains([(5, 5, 0)], 1, 1, 1) == []
+
+
+def test_chains_are_as_long_as_the_link_is_fast() -> None:
+    fabric = Fabric()
+    (device,) = open_devices(fabric.verbs(), RdmaSettings())
+    queue = Queue(device)
+    first = queue.chain_bytes
+    queue._end(_Chain(1, first, time.monotonic() - 0.5))
+    assert queue.chain_bytes == LEAST_BYTES
+    queue._ended_at = 0
+    for _ in range(20):
+        queue._end(_Chain(1, MOST_BYTES, time.monotonic()))
+    assert queue.chain_bytes == MOST_BYTES
+    queue._end(_Chain(2, 100, time.monotonic() - 1))  # tells nothing of the link
+    assert queue.chain_bytes == MOST_BYTES
+    close_each([queue, device])
 
 
 def test_the_proof_is_read_in_few_pieces() -> None:
