@@ -48,7 +48,7 @@ class Lab:
 
     def __init__(self, kernel: Kernel, bindings: Path) -> None:
         self.kernel = kernel
-        self._environ = {"PYTHONPATH": f"{PROJECT}:{bindings}", "PYTHONDONTWRITEBYTECODE": "1"}
+        self._environ = {"PYTHONPATH": f"{PROJECT}:{bindings}"}
         self._environ |= {"OMP_NUM_THREADS": "1", "CI": "true", "SOFTROCE_INSIDE": "1"}
 
     @classmethod
