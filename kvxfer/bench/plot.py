@@ -11,7 +11,7 @@ from kvxfer.bench.case import size_text
 from kvxfer.bench.report import Row
 
 _PANEL_WIDTH, _PANEL_HEIGHT = 380, 260
-_LEFT, _TOP, _RIGHT, _BOTTOM = 56, 64, 16, 44
+_LEFT, _TOP, _RIGHT, _BOTTOM = 56, 64, 44, 44
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 """Told apart by people who see few colours too (Okabe and Ito)."""
 
