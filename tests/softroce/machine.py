@@ -13,6 +13,7 @@ given and nothing of the host's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -208,7 +209,8 @@ class Machine:
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # nor does the machine answer
+                process.kill()
             raise
         return subprocess.CompletedProcess(words, status, process.output)
 
@@ -253,7 +255,7 @@ class Machine:
 
     def _listen(self) -> None:
         """A thread of its own, until the machine is gone."""
-        try:
+        with contextlib.suppress(ConnectionError):
             for line in self._hears:
                 try:
                     message = json.loads(line)
@@ -262,11 +264,10 @@ class Machine:
                 with self._changed:
                     self._take(message)
                     self._changed.notify_all()
-        finally:
-            with self._changed:
-                self.gone = True
-                self._lose(f"{self.name} ended")
-                self._changed.notify_all()
+        with self._changed:
+            self.gone = True
+            self._lose(f"{self.name} ended")
+            self._changed.notify_all()
 
     def _take(self, message: dict[str, Any]) -> None:
         kind = message["is"]
