@@ -122,6 +122,19 @@ class Region:
         generations = self.generations
         return [generations[block] for block in block_ids]
 
+    def proof(self, block_ids: Sequence[int]) -> list[memoryview]:
+        """The header and these blocks' generations as bytes in memory, for who sends them away."""
+        found = [self._view[: HEADER.size]]
+        first = last = PAGE_BYTES
+        for block in block_ids:
+            at = PAGE_BYTES + 8 * block
+            if at != last:
+                found.append(self._view[first:last])
+                first = at
+            last = at + 8
+        found.append(self._view[first:last])
+        return found
+
     def block(self, block_id: int) -> memoryview:
         """The bytes of one block."""
         start = block_id * self.block_bytes

@@ -3,8 +3,9 @@
 After the handshake (`wire`) one connection serves one read at a time:
 
     reader: region id, numbers of pieces and of blocks; (first byte, bytes) of each piece; blocks
-    server: status; the blocks' bytes; then epoch and generations, looked at after the last byte
-            has left. Or a status that refuses, and the end of the connection
+    server: status; the blocks' bytes; then the region's header and the generations as they lie in
+            memory, copied after the last byte. Or a status that refuses, and the end of the
+            connection
 
 Bytes go from the region to the socket and from the socket into the destination, without a copy
 between; where an end lies on a device, through a ring of page-locked memory there (`bounce`).
@@ -25,13 +26,12 @@ from typing import Any, NamedTuple
 
 from kvxfer.errors import BadDescriptor, KVUsageError, PeerLost, Revoked, TransferTimeout
 from kvxfer.plan import ReadPlan
-from kvxfer.region import Region
+from kvxfer.region import HEADER, MAGIC, Region
 from kvxfer.transports import wire
 from kvxfer.transports.base import Address, Stamp, number, text
 from kvxfer.transports.bounce import Bounces
 from kvxfer.transports.tcp_server import (
     BAD,
-    NO_EPOCH,
     REQUEST,
     REVOKED,
     STATUS_BYTES,
@@ -204,7 +204,7 @@ def _ask(
         wire.limit(sock, socket.SO_SNDTIMEO, wire.left(deadline))
     wire.send(sock, [memoryview(request)])
     status = bytearray(STATUS_BYTES)
-    tail = bytearray(8 * (1 + num_blocks))
+    tail = bytearray(HEADER.size + 8 * num_blocks)
     try:
         if isinstance(views, Sequence):
             wire.receive(sock, [memoryview(status), *views, memoryview(tail)], deadline)
@@ -217,10 +217,12 @@ def _ask(
     except PeerLost:
         _refusal(bytes(status))
         raise
-    epoch, *generations = struct.unpack(f"!{1 + num_blocks}Q", tail)
-    if epoch == NO_EPOCH:
+    magic, epoch, _, _, is_open, _ = HEADER.unpack_from(tail)
+    if magic != MAGIC:
+        raise PeerLost("the peer's numbers are in another order of bytes")
+    if not is_open:
         raise Revoked("the region was revoked during the read")
-    return Stamp(epoch, generations)
+    return Stamp(epoch, list(struct.unpack_from(f"={num_blocks}Q", tail, HEADER.size)))
 
 
 def _refusal(status: bytes) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from kvxfer.errors import AccessDenied, PeerLost
 
-MAGIC = b"KVX3"
+MAGIC = b"KVX4"
 CHALLENGE_BYTES = 32
 MOST_PIECES = 1024
 """Of one system call: IOV_MAX."""
