@@ -18,6 +18,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from pdbatch.engine import merged
 from pdbatch.engine.attention import decodes, prepare
+from pdbatch.engine.attention.equal import EqualPrompts, serves
 from pdbatch.engine.attention.hook import KEYWORD
 from pdbatch.engine.attention.triton_step import TritonStep
 from pdbatch.engine.attention.upload import Upload
@@ -57,6 +58,7 @@ class GpuRunner:
             shape=cache.shape,
             processors=torch.cuda.get_device_properties(device).multi_processor_count,
             windowed=getattr(config, "sliding_window", None) is not None,
+            equal=EqualPrompts() if serves(device, cache.shape.head_dim, loaded.dtype) else None,
         )
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pdbatch.engine.attention import work
+from pdbatch.engine.attention.equal import EqualPrompts
 from pdbatch.engine.attention.triton_step import DecodeTables, SharedTables
 from pdbatch.engine.kernels import shared
 from pdbatch.engine.kvcache import KVShape
@@ -36,6 +37,8 @@ class Sizes:
     """Multiprocessors of the device."""
     windowed: bool
     """Whether some layer has a sliding window."""
+    equal: EqualPrompts | None = None
+    """Takes prompts of one length as batches, where that is faster."""
 
     @property
     def aim(self) -> int:

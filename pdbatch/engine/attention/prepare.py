@@ -6,6 +6,7 @@ whose kernels read the same addresses each time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +35,12 @@ def eager(batch: ModelInput, sizes: decodes.Sizes, upload: Upload) -> Step:
     lens = np.asarray(batch.context_lens, dtype=np.int32)
     plan = decodes.plan(batch, sizes) if count else None
     runs = work.unprefixed_runs(starts, lens, count)
+    pieces = list(_pieces(runs, lens, sizes))
     tiles = _tiles(starts, lens, count, runs, sizes)
     sections = [*_tokens(batch), starts, lens, _blocks_at(batch, rows), _blocks(batch)]
     sections += plan.sections if plan is not None else []
     sections += [part.reshape(-1) for part in tiles]
-    sections += [starts[a : b + 1] - starts[a] for a, b in runs]
+    sections += [starts[a : b + 1] - starts[a] for a, b, _equal in pieces]
     sent = iter(upload.send(sections))
     ids, positions, slots, starts_d, lens_d, blocks_at, blocks = (next(sent) for _ in range(7))
     own, whole, shared = plan.tables(sent) if plan is not None else (None, None, None)
@@ -55,11 +57,31 @@ def eager(batch: ModelInput, sizes: decodes.Sizes, upload: Upload) -> Step:
         shared=shared,
         tiles_X2=prefixed if prefixed.numel() else None,
         runs=[
-            Run(int(starts[a]), int(starts[b]), next(sent), int(lens[a:b].max())) for a, b in runs
+            Run(
+                int(starts[a]),
+                int(starts[b]),
+                next(sent),
+                int(lens[a:b].max()),
+                sizes.equal if equal else None,
+            )
+            for a, b, equal in pieces
         ],
         run_tiles_X2=plain if plain.numel() else None,
     )
     return Step(ids, positions, tables)
+
+
+def _pieces(
+    runs: list[tuple[int, int]], lens: work.Ints, sizes: decodes.Sizes
+) -> Iterator[tuple[int, int, bool]]:
+    """(first, end, whether all have one length and go as a batch) of each piece of the runs."""
+    for first, end in runs:
+        cut = [(end - first, False)]
+        if sizes.equal is not None:
+            cut = sizes.equal.cut(lens[first:end].tolist())
+        for count, batch in cut:
+            yield first, first + count, batch
+            first += count
 
 
 class Captured:

@@ -3,7 +3,8 @@
     decodes                      one kernel, split by length, joined where split
     decodes with a shared start  that start once for all, joined with their own keys
     chunks                       one kernel for all, over prefix and own tokens
-    chunks without a prefix      `varlen_attn` on the projections, where it can serve
+    chunks without a prefix      `varlen_attn` on the projections, where it can serve; cuDNN's
+                                 attention where many have one length (`equal`)
 
 `Tables` are the step's numbers on the device, made once a step and read by every layer. What a
 kernel masks it never reads, so old content of blocks needs no clearing.
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from pdbatch.engine.attention.equal import EqualPrompts
 from pdbatch.engine.kernels import chunk, decode, merge, rotary, shared, write
 from pdbatch.engine.kvcache import PagedKVCache
 
@@ -82,6 +84,8 @@ class Run:
     cu_seqlens: torch.Tensor
     """Their offsets, from 0."""
     longest: int
+    equal: EqualPrompts | None = None
+    """Takes them as a batch: all are `longest` tokens long."""
 
 
 class TritonStep:
@@ -275,6 +279,10 @@ def _varlen() -> Fused | None:
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
+        if run.equal is not None and window is None:
+            taken = run.equal.attend(q_THD, k_THD, v_THD, run.longest, scaling)
+            if taken is not None:
+                return taken
         more: dict[str, Any] = {"scale": scaling}
         more["window_size"] = (-1 if window is None else window - 1, 0)
         if shares_heads:
