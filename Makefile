@@ -15,6 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 PYTEST_ARGS ?=
+ALONE := tests/tasks tests/softroce
 
 .PHONY: run test lint format clean install dev
 .DELETE_ON_ERROR:
@@ -23,8 +24,14 @@ PYTEST_ARGS ?=
 run: install
 	$(BIN)/pdbatch run examples/prompts.jsonl --output results.jsonl || test $$? -eq 10
 
+# Two tests at a time; those of whole clusters and of virtual machines alone: they need both processors.
 test: dev
+ifeq ($(strip $(PYTEST_ARGS)),)
+	$(BIN)/python -m pytest -n 2 $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE)
+else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 lint: dev
 	$(BIN)/ruff check .
