@@ -13,6 +13,8 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+from kv_peer import ORDERS, TOKEN_BYTES, blocks, on_device
+
 from kvxfer.cuda.driver import driver
 from kvxfer.cuda.lanes import Lane
 from kvxfer.plan import whole_blocks
@@ -74,7 +76,6 @@ class Case:
 
 def sweep(bench: Any, size: int, lengths: list[int]) -> list[dict[str, Any]]:
     """One row for each way and length."""
-    from kv_peer_copy import ORDERS, TOKEN_BYTES, blocks
 
     rows: list[dict[str, Any]] = []
     peer, mine = bench.pool_of_peer(size), bench.pool.data_ptr()
@@ -112,7 +113,6 @@ def _sweep(bench: Any, case: Case) -> list[dict[str, Any]]:
 
 
 def _time(bench: Any, case: Case, name: str, work: Callable[[Lane, int], None]) -> None:
-    from kv_peer_copy import on_device
 
     calls: list[float] = []
 
