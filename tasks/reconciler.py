@@ -1,7 +1,8 @@
 """What sees to it that nothing waits for somebody who is gone.
 
 - Workers without a sign of life: declared dead, their work goes back to the queue.
-- Jobs past their deadline, or whose cancelling was interrupted: ended.
+- Jobs past their deadline, or whose cancelling was interrupted: ended. So are those whose
+  submitter was killed before all lines were in.
 - Shards that were published and whose message is no more (Redis was emptied, a worker died
   between taking and claiming, a publish failed): published again.
 
@@ -21,6 +22,9 @@ from pdbatch.store import Store
 from tasks.queue import oldest
 
 logger = logging.getLogger(__name__)
+
+_SUBMITTER_TTL_S = 300.0
+"""Ten of its heartbeats."""
 
 
 class Reconciler:
@@ -47,11 +51,12 @@ class Reconciler:
         workers get two heartbeats to speak up first: they may have been as deaf as we were.
         """
         dead = []
-        if not self._must_be_patient():
+        patient = self._must_be_patient()
+        if not patient:
             dead = self._store.workers.reap(self._settings.worker_ttl_s)
         for worker in dead:
             logger.warning("%s is dead; its work goes back to the queue", worker)
-        ended = self._store.jobs.sweep()
+        ended = self._store.jobs.sweep(None if patient else _SUBMITTER_TTL_S)
         for job in ended:
             logger.info("%s has ended", job)
         self._seen_at_s = self._clock_s()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from array import array
 from types import TracebackType
 
@@ -21,6 +23,9 @@ from pdbatch.store.keys import MAX_INDEX, job_range, request_index_of, row_id
 from pdbatch.store.models import JOBS, REQUESTS
 from pdbatch.store.rows import IngestRow, storable
 
+logger = logging.getLogger(__name__)
+
+_HEARTBEAT_S = 30.0
 _ROWS_AT_ONCE = 5_000
 _BYTES_AT_ONCE = 16 * 2**20
 _OPEN_SHARDS = 1_024  # one for each model; above this many the oldest is closed early
@@ -43,6 +48,9 @@ class Ingest:
     2. Leaving the block without an error closes: the last rows are written, lines whose
        custom_id was used before are rejected (`duplicate_custom_id`), the job is activated.
     3. Leaving it by an exception fails the job with the exception's text.
+
+    Within the block a thread tells the job every 30 s that somebody is there, however slowly
+    the lines come; reconcilers fail a job whose submitter was killed.
 
     Raises IllegalTransition from `add` or `close` when the job was ended meanwhile.
     """
@@ -67,6 +75,7 @@ class Ingest:
         self._open: dict[str, OpenShard] = {}
         self._chunk = Chunk()
         self._closed = False
+        self._left = threading.Event()
 
     def add(self, row: IngestRow) -> None:
         """The next line; indexes rise by one, from 0."""
@@ -156,7 +165,15 @@ class Ingest:
         ledger.write_rows(self._db, conn, rows)
 
     def __enter__(self) -> Ingest:
+        threading.Thread(target=self._stay, name="pdbatch-ingest", daemon=True).start()
         return self
+
+    def _stay(self) -> None:
+        while not self._left.wait(_HEARTBEAT_S):
+            try:
+                self._jobs.hear(self.job)
+            except StoreError as error:
+                logger.warning("%s: no sign of life could be left: %s", self.job, error)
 
     def __exit__(
         self,
@@ -164,6 +181,12 @@ class Ingest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        try:
+            self._leave(error)
+        finally:
+            self._left.set()
+
+    def _leave(self, error: BaseException | None) -> None:
         if error is None:
             self.close()
             return

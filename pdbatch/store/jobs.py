@@ -9,9 +9,9 @@ canceller that is killed in between leaves the rest to `sweep`.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from sqlalchemy import ColumnElement, Connection, Select, select, update
+from sqlalchemy import ColumnElement, Connection, Select, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from pdbatch.errors import IllegalTransition
@@ -41,6 +41,7 @@ class Jobs:
         job_id = id or new_job_id()
 
         def run(conn: Connection) -> JobId:
+            now = self._db.dialect.now(conn)
             if conn.execute(select(JOBS.c.no).where(JOBS.c.id == job_id)).first() is None:
                 values = {
                     "id": job_id,
@@ -51,8 +52,9 @@ class Jobs:
                     "weight": job.weight,
                     "input_name": storable(job.input_name),
                     "metadata": dict(job.metadata),
-                    "created_at": self._db.dialect.now(conn),
+                    "created_at": now,
                     "deadline_at": job.deadline_at,
+                    "heard_at": now,
                 }
                 insert = postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert
                 put = insert(JOBS).values(values)
@@ -85,6 +87,19 @@ class Jobs:
             return {job: JobState(state) for job, state in rows}
 
         return self._db.read(run)
+
+    def hear(self, job: JobId) -> None:
+        """A sign of life of who takes its lines in; nothing where that is over."""
+
+        def run(conn: Connection) -> None:
+            values = {"heard_at": self._db.dialect.now(conn)}
+            conn.execute(
+                update(JOBS)
+                .where(JOBS.c.id == job, JOBS.c.state == JobState.VALIDATING)
+                .values(values)
+            )
+
+        self._db.write(run)
 
     def activate(self, job: JobId) -> JobState:
         """VALIDATING to IN_PROGRESS; to COMPLETED at once where no request is left to run.
@@ -160,11 +175,14 @@ class Jobs:
         state = self._db.write(run)
         return state if state in TERMINAL_JOB_STATES else self._end(job)
 
-    def sweep(self) -> builtins.list[JobId]:
+    def sweep(self, silent_s: float | None = None) -> builtins.list[JobId]:
         """For reconcilers, any number of them: expires jobs whose deadline passed (rows
-        `batch_expired`) and finishes endings that were interrupted. Returns the jobs ended."""
-        if self._any_due():
+        `batch_expired`), fails those whose submitter was not heard of for `silent_s` (rows
+        `batch_failed`), finishes endings that were interrupted. Returns the jobs ended."""
+        if self._is_any(_due):
             self._db.write(self._note_expiry)
+        if silent_s is not None and self._is_any(lambda now: _silent(now - silent_s)):
+            self._db.write(lambda conn: self._note_silence(conn, silent_s))
 
         def unfinished(conn: Connection) -> builtins.list[JobId]:
             still = [state for state in JobState if state not in TERMINAL_JOB_STATES]
@@ -176,9 +194,9 @@ class Jobs:
         jobs = self._db.read(unfinished)
         return [job for job in jobs if self._end(job) in TERMINAL_JOB_STATES]
 
-    def _any_due(self) -> bool:
+    def _is_any(self, query: Callable[[float], Select[tuple[int]]]) -> bool:
         def run(conn: Connection) -> bool:
-            return conn.execute(_due(self._db.dialect.now(conn)).limit(1)).first() is not None
+            return conn.execute(query(self._db.dialect.now(conn)).limit(1)).first() is not None
 
         return self._db.read(run)
 
@@ -187,6 +205,14 @@ class Jobs:
         numbers = conn.execute(query.with_for_update(key_share=True)).scalars().all()
         for no in numbers:
             values = {"ending": str(JobState.EXPIRED)}
+            conn.execute(update(JOBS).where(JOBS.c.no == no).values(values))
+
+    def _note_silence(self, conn: Connection, silent_s: float) -> None:
+        query = _silent(self._db.dialect.now(conn) - silent_s).order_by(JOBS.c.no)
+        numbers = conn.execute(query.with_for_update(key_share=True)).scalars().all()
+        message = f"its submitter has not been heard of for {silent_s:.0f} seconds"
+        for no in numbers:
+            values = {"ending": str(JobState.FAILED), "error": message}
             conn.execute(update(JOBS).where(JOBS.c.no == no).values(values))
 
     def _lock(self, conn: Connection, no: int) -> tuple[JobState, str | None]:
@@ -223,6 +249,14 @@ class Jobs:
 def _due(now: float) -> Select[tuple[int]]:
     return select(JOBS.c.no).where(
         JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.ending.is_(None), JOBS.c.deadline_at <= now
+    )
+
+
+def _silent(since: float) -> Select[tuple[int]]:
+    """Jobs that are being taken in by somebody who was not heard of since then."""
+    heard_at = func.coalesce(JOBS.c.heard_at, JOBS.c.created_at)
+    return select(JOBS.c.no).where(
+        JOBS.c.state == JobState.VALIDATING, JOBS.c.ending.is_(None), heard_at <= since
     )
 
 

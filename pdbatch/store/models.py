@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-REVISION = "0002"
+REVISION = "0003"
 """The revision that this code needs; a test holds it to the newest migration."""
 
 _Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite: INTEGER PRIMARY KEY is the row id
@@ -57,6 +57,8 @@ class Job(Base):
     started_at: Mapped[float | None] = mapped_column(Float(53))
     finished_at: Mapped[float | None] = mapped_column(Float(53))
     deadline_at: Mapped[float | None] = mapped_column(Float(53))
+    heard_at: Mapped[float | None] = mapped_column(Float(53))
+    """Last sign of life of who takes its lines in."""
 
     __table_args__ = (Index("jobs_by_state", "state", "priority"),)
 

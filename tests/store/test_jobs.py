@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import msgspec
 import pytest
 
@@ -275,3 +277,42 @@ def test_an_ending_that_was_interrupted_is_finished_by_the_sweep(
     assert store.jobs.get(job).state == ending
     assert store.results.write(None, [result(job, 0)]) == 0
     audit(database_url)
+
+
+def test_a_job_whose_submitter_was_killed_fails(store: Store, database_url: str) -> None:
+    job = store.jobs.create(NewJob())
+    ingest = store.ingest(job, shard_size=4, default_model="m")  # never left
+    for index in range(5_000):
+        ingest.add(IngestRow(index, None, None, BODY, None))
+    assert store.jobs.sweep(60) == [], "it was heard of just now"
+    execute(database_url, "UPDATE jobs SET heard_at = heard_at - 61")
+    assert store.jobs.sweep() == [], "a reconciler that slept says nothing of silence"
+    store.jobs.hear(job)
+    assert store.jobs.sweep(60) == []
+    execute(database_url, "UPDATE jobs SET heard_at = heard_at - 61")
+    assert store.jobs.sweep(60) == [job]
+    view = store.jobs.get(job)
+    assert view.state is JobState.FAILED
+    assert view.error == "its submitter has not been heard of for 60 seconds"
+    assert _codes(store, job) == ["batch_failed"] * 5_000
+    with pytest.raises(IllegalTransition):
+        for index in range(5_000, 10_000):
+            ingest.add(IngestRow(index, None, None, BODY, None))
+    audit(database_url)
+
+
+def test_a_submitter_whose_lines_come_slowly_is_heard_of(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = threading.Semaphore(0)
+    hear = store.jobs.hear
+
+    def note(job: JobId) -> None:
+        hear(job)
+        heard.release()
+
+    monkeypatch.setattr("pdbatch.store.ingest._HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(store.jobs, "hear", note)
+    with store.ingest(store.jobs.create(NewJob()), shard_size=4, default_model="m"):
+        assert heard.acquire(timeout=20)
+        assert heard.acquire(timeout=20)
