@@ -46,7 +46,8 @@ class Settings:
     result_backend: str | None = None
     """Where Celery keeps the results of `generate`; empty: the broker."""
     model: str = "smollm2-135m"
-    """Alias, folder, GGUF file or hub name; of jobs whose lines name none, and of workers."""
+    """Alias, folder, GGUF file, hub name or `random:SHAPE`; of workers, and of jobs whose
+    lines name none."""
     device: str = "auto"
     """`auto` (the first GPU, else the CPU), `cpu`, `cuda:0`, …"""
     dtype: str = "auto"

@@ -4,6 +4,7 @@
 
 A name is looked for in this order: an alias, a folder, a GGUF file, a model of the hub
 (`owner/name`; what is already on this machine first). No code that comes with a model runs.
+`random:SHAPE` needs no folder: `pdbatch.engine.random_models`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pdbatch.engine import gguf, packing
+from pdbatch.engine import gguf, packing, random_models
 from pdbatch.engine.attention import hook
 from pdbatch.engine.tokenizer import Tokenizer
 from pdbatch.errors import ConfigError, ModelError
@@ -47,27 +48,25 @@ class LoadedModel:
 
 
 def load(model: str, home: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
-    """Load a model (alias, folder, GGUF file or hub name).
+    """Load a model (alias, folder, GGUF file, hub name or `random:SHAPE`).
 
     `dtype` auto is float32 on the CPU and the model's own on a GPU.
     Raises ModelError with a remedy if it cannot be found, converted, or run by this engine,
     ConfigError for a device or dtype that is not there.
     """
     target = pick_device(device)
-    folder = prepare(model, home)
     hook.register()
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{folder} holds no readable config.json: {error}") from error
-    text_config = config.get_text_config()
+    folder = None if random_models.is_random(model) else prepare(model, home)
+    text_config = random_models.config_of(model) if folder is None else _config(folder)
     kind = _pick_dtype(dtype, target, text_config)
-    network = _weights(folder, kind).to(target).eval()
+    if folder is None:
+        network = random_models.make(text_config, kind, target).eval()
+    else:
+        network = _weights(folder, kind).to(target).eval()
     network.requires_grad_(False)
     vocab_size = int(network.get_output_embeddings().weight.shape[0])
-    tokenizer = Tokenizer.load(folder, int(network.get_input_embeddings().weight.shape[0]))
+    known_ids = int(network.get_input_embeddings().weight.shape[0])
+    tokenizer = Tokenizer.load(folder, known_ids) if folder else Tokenizer(None, known_ids)
     if target.type == "cpu":
         packing.pack(network, kind)
     return LoadedModel(
@@ -138,6 +137,17 @@ def _pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
     if dtype not in names:
         raise ConfigError(f"dtype {dtype!r} is unknown", remedy=f"use auto, {', '.join(names)}")
     return names[dtype]
+
+
+def _config(folder: Path) -> Any:
+    """The text part of a model's configuration."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder} holds no readable config.json: {error}") from error
+    return config.get_text_config()
 
 
 def _weights(folder: Path, dtype: torch.dtype) -> Any:
