@@ -52,6 +52,7 @@ class GpuRunner:
         config: Any = loaded.config
         self._body: Any = loaded.model.base_model
         self._head = Head(loaded.model)
+        self._picks_rows = merged.picks_rows(loaded.model)
         self._upload = Upload(device)
         self._sizes = decodes.Sizes(
             num_q_heads=int(config.num_attention_heads),
@@ -74,20 +75,26 @@ class GpuRunner:
 
     def _execute(self, batch: ModelInput) -> torch.Tensor:
         count = len(batch.context_lens)
-        hidden_TC: torch.Tensor | None = None
-        if self._graphs is not None and batch.num_decodes == count:
-            hidden_TC = self._graphs.run(batch)
-        if hidden_TC is None:
-            hidden_TC = self._run(prepare.eager(batch, self._sizes, self._upload))
-        wanted = len(batch.logits_indices)
-        if not wanted:
+        if batch.num_decodes == count:
+            hidden_TC = self._graphs.run(batch) if self._graphs is not None else None
+            if hidden_TC is None:
+                hidden_TC = self._run(prepare.eager(batch, self._sizes, self._upload))
+            if len(batch.logits_indices) == count:
+                return self._head(hidden_TC[:count])
+            return self._head(hidden_TC.index_select(0, self._last_tokens(batch)))
+        rows = self._last_tokens(batch)
+        hidden_TC = self._run(prepare.eager(batch, self._sizes, self._upload), rows)
+        if not batch.logits_indices:
             vocab, device = self.loaded.vocab_size, self.loaded.device
             return torch.empty(0, vocab, dtype=self.loaded.dtype, device=device)
-        if batch.num_decodes == count == wanted:
-            return self._head(hidden_TC[:count])
-        last = [batch.cu_seqlens_q[seq + 1] - 1 for seq in batch.logits_indices]
-        rows = torch.tensor(last, pin_memory=True).to(hidden_TC.device, non_blocking=True)
-        return self._head(hidden_TC.index_select(0, rows))
+        if not self._picks_rows:
+            hidden_TC = hidden_TC.index_select(0, rows)
+        return self._head(hidden_TC)
+
+    def _last_tokens(self, batch: ModelInput) -> torch.Tensor:
+        """Where the tokens are whose logits are wanted; the first one, if none are."""
+        last = [batch.cu_seqlens_q[seq + 1] - 1 for seq in batch.logits_indices] or [0]
+        return torch.tensor(last, pin_memory=True).to(self.loaded.device, non_blocking=True)
 
     def warmup(self) -> None:
         """Run a prefill and decodes over block 0, so that kernels are compiled.
@@ -101,13 +108,13 @@ class GpuRunner:
         self.execute(_warm([range(count, count + 1)]))
         torch.cuda.synchronize(self.loaded.device)
 
-    def _run(self, step: prepare.Step) -> torch.Tensor:
-        """The body; [T, C]."""
+    def _run(self, step: prepare.Step, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The body; [T, C], or those rows alone if the last layer picks them."""
         output = self._body(
             input_ids=step.input_ids_T.unsqueeze(0),
             position_ids=step.positions_T.unsqueeze(0),
             use_cache=False,
-            **{KEYWORD: TritonStep(self.cache, step.tables)},
+            **{KEYWORD: TritonStep(self.cache, step.tables, rows)},
         )
         hidden_TC: torch.Tensor = output.last_hidden_state[0]
         return hidden_TC

@@ -11,6 +11,7 @@ import torch
 from tiny_models import FAMILIES, VOCAB, Loop, loaded, make
 
 from pdbatch.engine import merged
+from pdbatch.engine.attention.hook import KEYWORD
 from pdbatch.engine.merged import facts
 
 
@@ -78,3 +79,35 @@ def test_a_layer_of_another_form_stays() -> None:
     assert merged.merge(model) == 2
     assert type(model.model.layers[1]).__name__ == "LlamaDecoderLayer"
     assert type(model.model.layers[2].mlp).__name__ == "LlamaMLP"
+
+
+class _Causal:
+    """A step of one sequence, without a cache."""
+
+    def __init__(self, wanted_rows: torch.Tensor | None = None) -> None:
+        self.wanted_rows = wanted_rows
+
+    def attend(self, layer, q_HTD, k_HTD, v_HTD, *, scaling, window, softcap):
+        out_HTD = torch.nn.functional.scaled_dot_product_attention(
+            q_HTD, k_HTD, v_HTD, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out_HTD.transpose(0, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_gives_the_wanted_rows_alone(family: str) -> None:
+    engine = loaded(make(family))
+    assert merged.merge(engine.model) == 3
+    assert merged.picks_rows(engine.model)
+    ids, positions = torch.arange(3, 20)[None], torch.arange(17)[None]
+
+    def run(step: _Causal) -> torch.Tensor:
+        found = engine.model.base_model(
+            input_ids=ids, position_ids=positions, use_cache=False, **{KEYWORD: step}
+        )
+        return found.last_hidden_state[0]
+
+    with torch.inference_mode():
+        everything = run(_Causal())
+        rows = torch.tensor([4, 16, 0])
+        torch.testing.assert_close(run(_Causal(rows)), everything[rows], rtol=1e-5, atol=1e-5)

@@ -91,7 +91,11 @@ class Run:
 class TritonStep:
     """A `StepAttention` over `Tables`."""
 
-    def __init__(self, cache: PagedKVCache, tables: Tables) -> None:
+    def __init__(
+        self, cache: PagedKVCache, tables: Tables, wanted_rows: torch.Tensor | None = None
+    ) -> None:
+        self.wanted_rows = wanted_rows
+        """Tokens that something comes after; None: all. For a last layer that asks."""
         self._cache = cache
         self._tables = tables
 

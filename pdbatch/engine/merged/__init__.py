@@ -10,10 +10,13 @@ and what stands between products is one kernel each (on a GPU; on a CPU plain to
 A class of layers is replaced only if its forward is known (`layer`, `attention`); of those, what
 a layer passes to the attention and how it turns its heads is observed, not assumed (`facts`).
 Whatever is not known stays as it is, and runs as it did.
+
+After the last layer's attention only the rows go on whose logits are wanted: of a prompt of 1,024
+tokens in 32 layers that saves 3% of all products.
 """
 
 from __future__ import annotations
 
-from pdbatch.engine.merged.build import merge
+from pdbatch.engine.merged.build import merge, picks_rows
 
-__all__ = ["merge"]
+__all__ = ["merge", "picks_rows"]

@@ -52,8 +52,16 @@ def merge(model: Any) -> int:
     final = _norm(getattr(model.base_model, "norm", None), styles)
     if count and final is not None:
         model.base_model.norm = final
+        if isinstance(layers[-1], MergedLayer):
+            layers[-1].is_last = True
     logger.info("%d of %d layers run merged", count, len(layers))
     return count
+
+
+def picks_rows(model: Any) -> bool:
+    """Whether the model's last layer gives a step's `wanted_rows` alone."""
+    layers = getattr(model.base_model, "layers", None)
+    return layers is not None and getattr(layers[-1], "is_last", False) is True
 
 
 def _known() -> set[str]:

@@ -33,6 +33,8 @@ class MergedLayer(torch.nn.Module):
         self.norm_1, self.norm_2 = before
         self.after_1, self.after_2 = after
         self._multiplier = multiplier
+        self.is_last = False
+        """Whether nobody after it needs other rows than those whose logits are wanted."""
 
     def forward(
         self,
@@ -40,10 +42,16 @@ class MergedLayer(torch.nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As the layer that it replaces; `hidden_states` is changed."""
+        """As the layer that it replaces; `hidden_states` is changed.
+
+        The last layer gives the step's `wanted_rows` alone, where it names some: of a prompt, one.
+        """
         x = hidden_states
         inner = x if self.norm_1 is None else self.norm_1(x)
-        inner = self.self_attn.heads(inner, position_embeddings, kwargs[KEYWORD])
+        step = kwargs[KEYWORD]
+        inner = self.self_attn.heads(inner, position_embeddings, step)
+        if self.is_last and (rows := getattr(step, "wanted_rows", None)) is not None:
+            x, inner = x.index_select(1, rows), inner.index_select(1, rows)
         x = self._add(x, self.self_attn.o_proj, inner, self.after_1)
         inner = x if self.norm_2 is None else self.norm_2(x)
         if isinstance(self.mlp, MergedMLP):
