@@ -30,7 +30,6 @@ from typing import Any
 import torch
 
 from pdbatch import LLM, SamplingParams
-from pdbatch.engine import stepper
 from pdbatch.engine.attention import hook
 from pdbatch.engine.loader import LoadedModel
 from pdbatch.engine.tokenizer import Tokenizer
@@ -90,10 +89,11 @@ class Stages:
         engine: Any = llm.engine
         side = engine._stepper._model
         side.runner.execute = self._timed(side.runner.execute, "model", wait=True)
-        side.sampler.sample = self._timed(side.sampler.sample, "sampling")
+        side.sampler.choose = self._timed(side.sampler.choose, "sampling")
         engine.scheduler.schedule = self._timed(engine.scheduler.schedule, "scheduling")
         engine._life.advance = self._timed(engine._life.advance, "advancing")
-        stepper.build_input = self._timed(stepper.build_input, "input")
+        packer: Any = engine._stepper._packer
+        packer.pack = self._timed(packer.pack, "input")
 
     def _timed(self, function: Callable[..., Any], stage: str, wait: bool = False) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,8 @@ Contract, for the scheduler and for adoptions:
 
     admit      a waiting sequence gets blocks for all its known tokens, or nothing happens
     grow       a running sequence gets the block that its next token needs, or nothing happens
-    commit     called when tokens are scheduled: full blocks can be found from now on
+    commit     called when tokens are scheduled, or become known after that: full blocks can be
+               found from now on
     fork       a second output shares the first one's full blocks and gets a copy of the last
     free       everything goes back; what is full can still be found
 

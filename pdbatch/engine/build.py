@@ -96,6 +96,7 @@ def build_engine(
         pinned_share=config.pinned_share,
         preempt_every_steps=config.preempt_every_steps,
         keep_prompts=keep_prompts,
+        run_ahead=kind == "cuda" if config.run_ahead is None else config.run_ahead,
     )
 
 

@@ -46,6 +46,8 @@ class EngineConfig:
     """For verification: preempt the last decoding sequence every so many steps, need or no need."""
     cuda_graphs: bool = True
     """Capture decode steps on a GPU and replay them; without, each kernel is launched anew."""
+    run_ahead: bool | None = None
+    """Launch a step before the tokens of the one before it are looked at; None: on a GPU."""
     threads: int | None = None
     """torch's threads on the CPU; None: torch's default."""
     stats_interval_s: float = 0.5

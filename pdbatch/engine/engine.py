@@ -14,6 +14,17 @@ Life of a request in an engine:
 
 `step` does one round: ended pulls, new pulls, one batch. The engine is one thread's; only the
 threads of a pull write blocks beside it, and only blocks that their pull owns.
+
+With `run_ahead` a round launches step N + 1 before it looks at the tokens of step N, so that the
+device finds work while the host appends, ends, detokenises and schedules:
+
+    collect pulls │ schedule N + 1 │ launch N + 1 │ wait for N's tokens │ append, end, hand off
+
+Step N + 1 names a token that N chooses by its place on the device. A sequence is not in N + 1 if
+N ends it for its length, or if its token must be looked at first (a fork, a hand-off). One
+that ends by N's token, or is aborted, is in N + 1 in vain; its blocks are N + 1's until that is
+retired. Before what needs all tokens known (a preemption, penalties, log-probabilities) `settle`
+retires what is in flight.
 """
 
 from __future__ import annotations
@@ -71,14 +82,17 @@ class Engine:
         pinned_share: float = 0.5,
         preempt_every_steps: int | None = None,
         keep_prompts: bool = False,
+        run_ahead: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`transfers` may be None for a mixed engine; `keep_prompts` puts prompts into results."""
+        """`transfers` may be None for a mixed engine; `keep_prompts` puts prompts into results;
+        `run_ahead` launches a step before the tokens of the one before it are looked at."""
         self.info = info
         self._blocks = blocks
         self._transfers = transfers
         self._clock = clock
         self._preempt_every = preempt_every_steps
+        self._run_ahead = run_ahead
         self._most_pinned = pinned_share * blocks.pool.num_blocks
         self.scheduler = Scheduler(
             blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
@@ -91,12 +105,13 @@ class Engine:
         self._admission = Admission(model.tokenizer, limits, model.eos_token_ids, worker)
         self._adoptions = Adoptions(transfers, self.scheduler) if transfers is not None else None
         self._outgoing = Outgoing(transfers, blocks.pool, worker) if transfers is not None else None
-        self._stepper = Stepper(model, blocks, clock)
+        self._stepper = Stepper(model, blocks, hands_off=role == "prefill", clock=clock)
         self._out = Outbox()
         self._life = Lifecycle(
             model,
             blocks,
             self.scheduler,
+            self._stepper,
             self._adoptions,
             self._outgoing,
             self._out,
@@ -183,6 +198,7 @@ class Engine:
 
     def reset(self, epoch: int) -> None:
         """Drop everything; go on under this epoch. Nothing that was dropped is answered."""
+        self._stepper.drop()
         self._life.drop_all()
         if self._outgoing is not None:
             self._outgoing.unpin_all()
@@ -201,31 +217,65 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether another step may find something to do without anything new."""
-        return self._progress or self._out.pending
+        return self._progress or self._out.pending or bool(self._stepper.flights)
 
     def step(self) -> list[Event]:
-        """Ended pulls, new pulls, one batch; the events of all that."""
+        """Ended pulls, new pulls, one batch; the events of all that.
+
+        If the model side raises, nothing of what was computed counts: content of blocks is
+        forgotten, since some were named before they were written, and what ran waits to be
+        computed again.
+        """
         self._progress = False
+        try:
+            self._collect()
+            self._compute()
+        except BaseException:
+            self._stepper.drop()
+            self._blocks.pool.forget_all()
+            self._life.start_over()
+            raise
+        if self._dropped is not None and not self._life.open and not self._pulls:
+            self._out.other.append(Drained(dropped=self._dropped))
+            self._dropped = None
+        return self._out.take()
+
+    def settle(self) -> None:
+        """Retire what is in flight: all tokens are known then, ended sequences hold nothing."""
+        while self._stepper.flights:
+            self._life.advance(self._stepper.retire())
+
+    def _collect(self) -> None:
+        """Ended pulls, new pulls."""
         if self._adoptions is not None:
             for pull, ended in self._adoptions.collect():
                 self._life.end_pull(pull, ended)
                 self._progress = True
             if self._adoptions.start():
                 self._progress = True
-        if self._preempt_every and self._out.steps % self._preempt_every == 0:
+
+    def _compute(self) -> None:
+        """Schedule and launch one batch; retire it, or the one before it if we run ahead."""
+        flights = self._stepper.flights
+        preempts = self._preempt_every and self._out.steps % self._preempt_every == 0
+        if flights and (preempts or flights[-1].reads_outputs or self.scheduler.must_preempt):
+            self.settle()
+        if preempts:
             self._out.preemptions += self.scheduler.preempt_last()
         plan = self.scheduler.schedule(may_start=self._may_start())
         self._out.preemptions += len(plan.preempted)
         if plan.num_tokens:
             for sequence in plan.started:
                 self._life.start(sequence)
-            self._life.advance(self._stepper.run(plan))
+            self._stepper.launch(plan)
             self._out.steps += 1
             self._progress = True
-        if self._dropped is not None and not self._life.open and not self._pulls:
-            self._out.other.append(Drained(dropped=self._dropped))
-            self._dropped = None
-        return self._out.take()
+        ahead = 1 if self._run_ahead and plan.num_tokens else 0
+        while len(flights) > ahead:
+            self._life.advance(self._stepper.retire())
+            self._progress = True
+        if flights and not flights[-1].alive:
+            self.settle()
 
     def stats(self) -> Stats:
         """Counts of now; waiting and running are sequences."""
@@ -258,9 +308,15 @@ class Engine:
             tables += self._outgoing.tables
         if self._adoptions is not None:
             tables += self._adoptions.tables
+        tables += self._stepper.tables
         self._blocks.check(tables)
+        in_flight = {owner for flight in self._stepper.flights for owner in flight.owners}
         for sequence in self.scheduler.running:
-            if sequence.num_scheduled_tokens or sequence.num_uncomputed_tokens < 1:
+            if (
+                sequence.num_scheduled_tokens
+                or sequence.num_uncomputed_tokens < 1
+                or sequence.num_pending_tokens != (sequence in in_flight)
+            ):
                 raise InvariantError(f"{sequence!r} between two steps")
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ request's blocks, as half-open intervals:
     [first token, ended)             each sequence its own; equal full blocks are shared
     [first token, unpinned)          the hand-off, on a prefill engine
     [read begun, read ended)         the pull, on a decode engine; then as above
+    [ended, retired)                 the step in flight, where that has the sequence already
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pdbatch.engine.payload import sampled_token
 from pdbatch.engine.ports import PullResult
 from pdbatch.engine.scheduler import Scheduler
 from pdbatch.engine.sequence import ActiveRequest, Sequence, SequenceState
-from pdbatch.engine.stepper import ModelSide
+from pdbatch.engine.stepper import ModelSide, Stepper
 
 
 class Lifecycle:
@@ -35,6 +36,7 @@ class Lifecycle:
         model: ModelSide,
         blocks: BlockManager,
         scheduler: Scheduler,
+        stepper: Stepper,
         adoptions: Adoptions | None,
         outgoing: Outgoing | None,
         out: Outbox,
@@ -49,6 +51,7 @@ class Lifecycle:
         self._model = model
         self._blocks = blocks
         self._scheduler = scheduler
+        self._stepper = stepper
         self._adoptions = adoptions
         self._outgoing = outgoing if hands_off else None
         self._out = out
@@ -71,13 +74,19 @@ class Lifecycle:
             request.sequences.append(Sequence(request, index))
 
     def advance(self, chosen: list[tuple[Sequence, SampledToken]]) -> None:
-        """Append a step's tokens; end, fork or hand off what that brings to an end or a start."""
+        """Append a step's tokens; end, fork or hand off what that brings to an end or a start.
+
+        The step after it may be in flight by now, with these tokens as its input.
+        """
         firsts: dict[str, list[SampledToken]] = {}
         for sequence, token in chosen:
             first = not sequence.output_token_ids
             if first:
                 firsts.setdefault(sequence.request.key, []).append(token)
-            if advance(sequence, token, self._model.tokenizer) and not first:
+            ended = advance(sequence, token, self._model.tokenizer)
+            if sequence.num_known_tokens % self._blocks.block_size == 0:
+                self._commit(sequence)
+            if ended and not first:
                 self._end_sequence(sequence)
         for key, tokens in firsts.items():
             self._first_tokens(self.open[key], tokens)
@@ -108,12 +117,23 @@ class Lifecycle:
         else:
             self._branch(request)
 
+    def start_over(self) -> None:
+        """Nothing of what steps have computed counts any more: what runs is computed again."""
+        for request in self.open.values():
+            for sequence in request.sequences:
+                sequence.sampling.num_pending_tokens = 0
+                sequence.num_scheduled_tokens = 0
+                sequence.waits = False
+                if sequence.state is SequenceState.RUNNING:
+                    self._scheduler.preempt(sequence)
+
     def drop(self, key: str) -> None:
         """Forget a request that runs, waits, is being read, or was refused just now."""
         self._out.drop(key)
         request = self.open.pop(key, None)
         if request is None:
             return
+        request.dropped = True
         pulls = self._adoptions.drop(key) if self._adoptions is not None else []
         for pull in pulls:
             message = "the request was aborted"
@@ -172,7 +192,7 @@ class Lifecycle:
 
     def _end_sequence(self, sequence: Sequence) -> None:
         """One output is complete; with the last one the request is."""
-        self._blocks.free(sequence)
+        self._stepper.give_back(sequence)
         self._scheduler.remove(sequence)
         if sequence.request.finished:
             self._finish(sequence.request)
@@ -198,9 +218,14 @@ class Lifecycle:
         del self.open[request.key]
         self._out.prefilled.append(outgoing.pin(request, table, tokens))
 
+    def _commit(self, sequence: Sequence) -> None:
+        """A block is full of known tokens, one of which was pending when it was computed."""
+        known = min(sequence.num_known_tokens, sequence.num_computed_tokens)
+        self._blocks.commit(sequence, known)
+
     def _remove_sequences(self, request: ActiveRequest) -> None:
         """Take a request's sequences out of the scheduler and give their blocks back."""
         for sequence in request.sequences:
             if sequence.state is not SequenceState.FINISHED:
-                self._blocks.free(sequence)
+                self._stepper.give_back(sequence)
                 self._scheduler.remove(sequence)

@@ -43,6 +43,7 @@ class LLM:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         cuda_graphs: bool = True,
+        run_ahead: bool | None = None,
         threads: int | None = None,
     ) -> None:
         from pdbatch.engine.build import build_engine
@@ -61,6 +62,7 @@ class LLM:
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
             cuda_graphs=cuda_graphs,
+            run_ahead=run_ahead,
             threads=threads,
             worker="llm",
         )

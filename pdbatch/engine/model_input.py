@@ -7,7 +7,7 @@ M most blocks of one sequence in this step.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pdbatch.sampling import SamplingParams
 
@@ -23,7 +23,7 @@ class ModelInput:
     """
 
     input_ids_T: torch.Tensor
-    """int64, CPU. Token ids to run."""
+    """int64, CPU. Token ids to run; -1 - r stands for row r of `tokens_before`."""
     positions_T: torch.Tensor
     """int64, CPU. Position of each token in its own sequence."""
     slot_mapping_T: torch.Tensor
@@ -38,6 +38,8 @@ class ModelInput:
     """Which sequences need logits: those whose known tokens are all in the cache after it."""
     num_decodes: int
     """The first so many sequences have one token each and more than one in the cache."""
+    tokens_before: Any = None
+    """The tokens that the step before chose, on the device; None where no id is negative."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,9 +53,28 @@ class SamplingState:
     """Which of the request's n outputs."""
     prompt_token_ids: list[int]
     output_token_ids: list[int]
-    """Tokens generated so far; its length is the position in (seed, output, position)."""
+    """Tokens generated so far, as far as they are known here."""
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
     """Ends and stops that are masked until min_tokens are out."""
+    num_pending_tokens: int = 0
+    """Tokens that were sampled on the device after those and are not known here yet."""
+
+    @property
+    def reads_outputs(self) -> bool:
+        """True if a choice needs the values of all tokens before it, or tells more than a token:
+        then no step runs ahead of it."""
+        params = self.params
+        return (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+            or params.logprobs is not None
+        )
+
+    @property
+    def position(self) -> int:
+        """Tokens sampled so far: the position in (seed, output, position)."""
+        return len(self.output_token_ids) + self.num_pending_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from pdbatch.engine.model_input import SamplingState
+from pdbatch.engine.send import send
 
 
 def is_adjusted(state: SamplingState) -> bool:
@@ -22,7 +23,7 @@ def is_adjusted(state: SamplingState) -> bool:
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
         or bool(params.logit_bias)
-        or (len(state.output_token_ids) < params.min_tokens and bool(state.stop_token_ids))
+        or (state.position < params.min_tokens and bool(state.stop_token_ids))
     )
 
 
@@ -53,7 +54,7 @@ def _repetition(logits_RV: torch.Tensor, states: Sequence[SamplingState], vocab:
         penalties += [penalty] * len(seen)
     if rows:
         at = _places(logits_RV, rows, tokens)
-        penalty_P = torch.tensor(penalties, device=logits_RV.device)
+        penalty_P = send(penalties, torch.float32, logits_RV.device)
         old = logits_RV[at]
         logits_RV[at] = torch.where(old > 0, old / penalty_P, old * penalty_P)
 
@@ -74,7 +75,7 @@ def _additive(logits_RV: torch.Tensor, states: Sequence[SamplingState], vocab: i
         tokens += added.keys()
         amounts += added.values()
     if rows:
-        amount_P = torch.tensor(amounts, dtype=torch.float32, device=logits_RV.device)
+        amount_P = send(amounts, torch.float32, logits_RV.device)
         logits_RV.index_put_(_places(logits_RV, rows, tokens), amount_P, accumulate=True)
 
 
@@ -82,7 +83,7 @@ def _mask(logits_RV: torch.Tensor, states: Sequence[SamplingState], vocab: int) 
     rows: list[int] = []
     tokens: list[int] = []
     for row, state in enumerate(states):
-        if len(state.output_token_ids) < state.params.min_tokens:
+        if state.position < state.params.min_tokens:
             stops = [token for token in state.stop_token_ids if 0 <= token < vocab]
             rows += [row] * len(stops)
             tokens += stops
@@ -93,5 +94,5 @@ def _mask(logits_RV: torch.Tensor, states: Sequence[SamplingState], vocab: int) 
 def _places(
     logits_RV: torch.Tensor, rows: list[int], tokens: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    places = torch.tensor([rows, tokens], device=logits_RV.device)
+    places = send([rows, tokens], torch.int64, logits_RV.device)
     return places[0], places[1]

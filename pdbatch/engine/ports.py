@@ -20,15 +20,33 @@ class Runner(Protocol):
     """One model over one cache."""
 
     def execute(self, batch: ModelInput, /) -> Any:
-        """Logits, one row for each of `batch.logits_indices`; rows can be picked by a list."""
+        """Logits, one row for each of `batch.logits_indices`."""
+        ...
+
+
+class Choice(Protocol):
+    """One token for each row, chosen on the device."""
+
+    @property
+    def tokens(self) -> Any:
+        """On the device, for `ModelInput.tokens_before`."""
+        ...
+
+    def fetch(self) -> list[SampledToken]:
+        """The tokens here; waits until they are chosen. Called once."""
         ...
 
 
 class TokenSampler(Protocol):
     """Chooses tokens."""
 
-    def sample(self, logits: Any, states: Sequence[SamplingState], /) -> list[SampledToken]:
-        """One token for each row."""
+    def choose(
+        self, logits: Any, states: Sequence[SamplingState], rows: Sequence[int] | None = None, /
+    ) -> Choice:
+        """One token for each state, from row `rows[i]` of the logits (None: row i).
+
+        Waits for nothing, and nothing of the states is read after it has returned.
+        """
         ...
 
 

@@ -20,6 +20,7 @@ from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.kvcache import KVShape, PagedKVCache
 from pdbatch.engine.loader import LoadedModel
 from pdbatch.engine.model_input import ModelInput
+from pdbatch.engine.pending import put_tokens
 
 if TYPE_CHECKING:
     from pdbatch.engine.gpu_runner import GpuRunner
@@ -96,8 +97,10 @@ class ModelRunner:
         device = self.loaded.device
         paged.start_blocks(self.cache, batch.slot_mapping_T)
         step = paged.PagedStep(self.cache, batch, self._workspace)
+        ids_T = batch.input_ids_T.to(device)
+        put_tokens(ids_T, batch.tokens_before)
         inputs = {
-            "input_ids": batch.input_ids_T.to(device).unsqueeze(0),
+            "input_ids": ids_T.unsqueeze(0),
             "position_ids": batch.positions_T.to(device).unsqueeze(0),
             "use_cache": False,
             KEYWORD: step,

@@ -20,9 +20,47 @@ import torch
 from pdbatch.engine import rng
 from pdbatch.engine.model_input import SampledToken, SamplingState
 from pdbatch.engine.penalties import adjust, is_adjusted
+from pdbatch.engine.send import send
 
 _NUCLEUS = (256, 4096)
 """top_p looks among so many likeliest tokens; only where they fall short are all sorted."""
+
+
+class Choice:
+    """Tokens of one batch: chosen on the device, on their way here.
+
+    `fetch` waits for the copy alone, not for what was launched after it; with log-probabilities
+    to be reported it computes them, behind all that was launched.
+    """
+
+    def __init__(
+        self, tokens_S: torch.Tensor, logits_SV: torch.Tensor, wanted: list[int | None]
+    ) -> None:
+        """`wanted[s]`: how many likeliest tokens row s reports; None: nothing but its token."""
+        self.tokens = tokens_S
+        self._wanted = wanted
+        self._logits_SV = logits_SV if any(count is not None for count in wanted) else None
+        self._host, self._event = tokens_S, None
+        if tokens_S.device.type == "cuda":
+            self._host = torch.empty(tokens_S.shape, dtype=tokens_S.dtype, pin_memory=True)
+            self._host.copy_(tokens_S, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(tokens_S.device))
+
+    @torch.inference_mode()
+    def fetch(self) -> list[SampledToken]:
+        """One token for each row."""
+        if self._event is not None:
+            self._event.synchronize()
+        chosen: list[int] = self._host.tolist()
+        result = [SampledToken(token, None) for token in chosen]
+        if self._logits_SV is not None:
+            reported = [s for s, count in enumerate(self._wanted) if count is not None]
+            wanted = [(self._wanted[s] or 0, chosen[s]) for s in reported]
+            logprobs = torch.log_softmax(_rows(self._logits_SV, reported).float(), -1)
+            for s, report in zip(reported, _report(logprobs, wanted), strict=True):
+                result[s] = report
+        return result
 
 
 class Sampler:
@@ -32,54 +70,67 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = device
 
-    @torch.inference_mode()
     def sample(
         self, logits_SV: torch.Tensor, states: Sequence[SamplingState]
     ) -> list[SampledToken]:
-        """One token for each row; row s belongs to states[s]. States are not changed."""
-        special = [s for s, state in enumerate(states) if _is_special(state)]
-        chosen: list[int] = [0] * len(states)
-        if len(special) < len(states):
-            on_cpu = logits_SV.device.type == "cpu"  # where halves are compared one by one
-            chosen = (logits_SV.float() if on_cpu else logits_SV).argmax(-1).tolist()
-        if special:
-            picked = [states[s] for s in special]
-            tokens_R = self._choose(_rows(logits_SV, special).float(), picked)
-            for s, token in zip(special, tokens_R, strict=True):
-                chosen[s] = token
-        reported = [s for s, state in enumerate(states) if state.params.logprobs is not None]
-        result = [SampledToken(token, None) for token in chosen]
-        if reported:
-            wanted = [(states[s].params.logprobs or 0, chosen[s]) for s in reported]
-            logprobs = torch.log_softmax(_rows(logits_SV, reported).float(), -1)
-            for s, report in zip(reported, _report(logprobs, wanted), strict=True):
-                result[s] = report
-        return result
+        """`choose` and `fetch` in one."""
+        return self.choose(logits_SV, states).fetch()
 
-    def _choose(self, logits_RV: torch.Tensor, states: list[SamplingState]) -> list[int]:
-        """`logits_RV` is a copy of the caller's and is changed."""
+    @torch.inference_mode()
+    def choose(
+        self,
+        logits_SV: torch.Tensor,
+        states: Sequence[SamplingState],
+        rows: Sequence[int] | None = None,
+    ) -> Choice:
+        """One token for each state, from row `rows[s]` of the logits (None: row s).
+
+        States are not changed, and not read after the return. Waits for the device only where
+        `top_p` is asked for, to see how far a nucleus reaches.
+        """
+        if rows is not None:
+            logits_SV = _rows(logits_SV, rows)
+        special = [s for s, state in enumerate(states) if _is_special(state)]
+        wanted = [state.params.logprobs for state in states]
+        if len(special) == len(states):
+            return Choice(self._choose(_widened(logits_SV), states), logits_SV, wanted)
+        on_cpu = logits_SV.device.type == "cpu"  # where halves are compared one by one
+        tokens_S = (logits_SV.float() if on_cpu else logits_SV).argmax(-1)
+        if special:
+            at_R = send(special, torch.int64, logits_SV.device)
+            part_RV = logits_SV.index_select(0, at_R).float()
+            tokens_S[at_R] = self._choose(part_RV, [states[s] for s in special])
+        return Choice(tokens_S, logits_SV, wanted)
+
+    def _choose(self, logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+        """Token ids [R]. `logits_RV` is a copy of the caller's and is changed."""
         adjust(logits_RV, states, self.vocab_size)
-        tokens: list[int] = logits_RV.argmax(-1).tolist()
         drawn = [r for r, state in enumerate(states) if not state.params.greedy]
+        if len(drawn) == len(states):
+            return _draw(logits_RV, states)
+        tokens_R = logits_RV.argmax(-1)
         if drawn:
-            picked = [states[r] for r in drawn]
-            drawn_tokens = _draw(_rows(logits_RV, drawn), picked).tolist()
-            for r, token in zip(drawn, drawn_tokens, strict=True):
-                tokens[r] = token
-        return tokens
+            at_D = send(drawn, torch.int64, logits_RV.device)
+            tokens_R[at_D] = _draw(logits_RV.index_select(0, at_D), [states[r] for r in drawn])
+        return tokens_R
 
 
 def _is_special(state: SamplingState) -> bool:
     return not state.params.greedy or is_adjusted(state)
 
 
-def _rows(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+def _widened(logits_SV: torch.Tensor) -> torch.Tensor:
+    """A copy in float32."""
+    return logits_SV.to(torch.float32, copy=True)
+
+
+def _rows(values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """These rows as a copy."""
-    return values.index_select(0, torch.tensor(rows, device=values.device))
+    return values.index_select(0, send(rows, torch.int64, values.device))
 
 
-def _draw(logits_RV: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
-    """Token ids [R], by the inverse of each row's cumulated probabilities."""
+def _draw(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """Token ids [R], by the inverse of each row's cumulated probabilities; changes the logits."""
     params = [state.params for state in states]
     device = logits_RV.device
     logits_RV /= _column([p.temperature for p in params], device)
@@ -91,9 +142,9 @@ def _draw(logits_RV: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
     uniforms = rng.uniforms(
         [state.seed for state in states],
         [state.output_index for state in states],
-        [len(state.output_token_ids) for state in states],
+        [state.position for state in states],
     )
-    target_R1 = torch.from_numpy(uniforms).to(device)[:, None] * cumulated_RV[:, -1:]
+    target_R1 = send(uniforms, torch.float32, device)[:, None] * cumulated_RV[:, -1:]
     tokens_R = torch.searchsorted(cumulated_RV, target_R1).squeeze(1)
     # A parallel sum may fall by a rounding; never take a token that was truncated away.
     tokens_R = tokens_R.clamp_(max=probs_RV.shape[1] - 1)
@@ -102,7 +153,7 @@ def _draw(logits_RV: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
 
 
 def _column(values: list[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+    return send(values, torch.float32, device)[:, None]
 
 
 def _keep_min_p(logits_RV: torch.Tensor, min_p: list[float]) -> None:
@@ -110,9 +161,10 @@ def _keep_min_p(logits_RV: torch.Tensor, min_p: list[float]) -> None:
     if not rows:
         return
     floor_R1 = _column([min_p[r] for r in rows], logits_RV.device).log()
-    part = _rows(logits_RV, rows)
+    at = send(rows, torch.int64, logits_RV.device)
+    part = logits_RV.index_select(0, at)
     part.masked_fill_(part < part.amax(-1, keepdim=True) + floor_R1, float("-inf"))
-    logits_RV[rows] = part
+    logits_RV[at] = part
 
 
 def _keep_top_k(logits_RV: torch.Tensor, top_k: list[int]) -> None:
@@ -120,11 +172,12 @@ def _keep_top_k(logits_RV: torch.Tensor, top_k: list[int]) -> None:
     rows = [r for r, k in enumerate(top_k) if 0 < k < logits_RV.shape[1]]
     if not rows:
         return
-    part = _rows(logits_RV, rows)
-    kth = torch.tensor([top_k[r] - 1 for r in rows], device=part.device)[:, None]
+    at = send(rows, torch.int64, logits_RV.device)
+    part = logits_RV.index_select(0, at)
+    kth = send([top_k[r] - 1 for r in rows], torch.int64, part.device)[:, None]
     best_RK = part.topk(max(top_k[r] for r in rows), -1).values
     part.masked_fill_(part < best_RK.gather(1, kth), float("-inf"))
-    logits_RV[rows] = part
+    logits_RV[at] = part
 
 
 def _keep_top_p(probs_RV: torch.Tensor, top_p: list[float]) -> None:
@@ -132,7 +185,8 @@ def _keep_top_p(probs_RV: torch.Tensor, top_p: list[float]) -> None:
     rows = [r for r, p in enumerate(top_p) if p < 1]
     if not rows:
         return
-    part = _rows(probs_RV, rows)
+    at = send(rows, torch.int64, probs_RV.device)
+    part = probs_RV.index_select(0, at)
     limit_R1 = _column([top_p[r] for r in rows], part.device)
     floor_R1 = torch.zeros_like(limit_R1)
     short = torch.arange(len(rows), device=part.device)
@@ -145,7 +199,7 @@ def _keep_top_p(probs_RV: torch.Tensor, top_p: list[float]) -> None:
         if not short.numel() or best.shape[1] == part.shape[1]:
             break
     part.masked_fill_(part < floor_R1, 0.0)
-    probs_RV[rows] = part
+    probs_RV[at] = part
 
 
 def _best(values_RV: torch.Tensor, count: int) -> torch.Tensor:

@@ -11,6 +11,9 @@ One call of `schedule` a step:
        not fit into what is left of the step is computed in chunks. A sequence starts only when
        all its known tokens find blocks, so only decodes grow and only they preempt.
 
+The step before may be in flight: its sequences then have a pending token, which runs like a known
+one, or wait for it and are passed over. Nobody is preempted then: `must_preempt` is asked first.
+
 Sequences are ordered by `Sequence.order`. Nothing starts over somebody else's head: if the
 first in line finds no room, the others wait too.
 """
@@ -117,6 +120,20 @@ class Scheduler:
         self.blocks.free(sequence)
         self.add(sequence)
 
+    @property
+    def must_preempt(self) -> bool:
+        """Whether the decodes that could run now would need more blocks than are free."""
+        free = self.blocks.pool.num_free
+        if free >= len(self.running):
+            return False
+        size = self.blocks.block_size
+        growing = sum(
+            sequence.num_computed_tokens >= len(sequence.block_table) * size
+            for sequence in self.running
+            if not sequence.waits
+        )
+        return growing > free
+
     def preempt_last(self) -> int:
         """Preempt the decoding sequence that comes last, for verification; how many that were.
 
@@ -129,13 +146,16 @@ class Scheduler:
         return 0
 
     def _schedule_decodes(self, plan: SchedulerOutput) -> None:
+        size = self.blocks.block_size
         for sequence in self.running.copy():
             if plan.num_tokens >= self.max_num_batched_tokens:
                 break
-            if sequence.state is not SequenceState.RUNNING:  # preempted by one before it
+            if sequence.waits or sequence.state is not SequenceState.RUNNING:  # just preempted
                 continue
-            decodes = sequence.num_uncomputed_tokens == 1 and sequence.num_computed_tokens > 0
-            if decodes and self._grow(sequence, plan):
+            computed = sequence.num_computed_tokens
+            if computed == 0 or sequence.num_tokens - computed != 1:
+                continue
+            if computed < len(sequence.block_table) * size or self._grow(sequence, plan):
                 self._take(sequence, 1, plan)
                 plan.decodes.append(sequence)
 
@@ -144,7 +164,7 @@ class Scheduler:
             left = self.max_num_batched_tokens - plan.num_tokens
             if left <= 0:
                 break
-            if sequence.num_scheduled_tokens == 0:
+            if sequence.num_scheduled_tokens == 0 and not sequence.waits:
                 self._take(sequence, min(left, sequence.num_uncomputed_tokens), plan)
                 plan.prefills.append(sequence)
 
@@ -167,7 +187,9 @@ class Scheduler:
     def _take(self, sequence: Sequence, count: int, plan: SchedulerOutput) -> None:
         sequence.num_scheduled_tokens = count
         plan.num_tokens += count
-        self.blocks.commit(sequence, sequence.num_computed_tokens + count)
+        after = sequence.num_computed_tokens + count
+        if after // self.blocks.block_size > sequence.num_registered_blocks:
+            self.blocks.commit(sequence, min(after, sequence.num_known_tokens))
 
     def _grow(self, sequence: Sequence, plan: SchedulerOutput) -> bool:
         """A block for the next token, at the cost of who comes last; False if that is itself."""

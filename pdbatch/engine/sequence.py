@@ -15,9 +15,12 @@ Four counts, all in tokens of one sequence:
     num_prompt_tokens     the prompt's length
     num_cached_tokens     of the prompt, how many were found in the prefix cache at the start
     num_computed_tokens   how many have their KV in the sequence's blocks
-    num_scheduled_tokens  how many the step under way adds to that; 0 between steps
+    num_scheduled_tokens  how many the step that is being put together adds to that, else 0
+    num_pending_tokens    how many of its tokens were sampled on the device and are not known here
+                          yet: 1 while a step that gives it a token is in flight (2 for a moment)
 
-`num_computed + num_scheduled <= num_tokens`; when they are equal the step yields a token.
+`num_computed + num_scheduled <= num_tokens`; when they are equal the step yields a token. Tokens
+count as computed from their step's launch on: what is launched later finds them in the cache.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ class ActiveRequest:
     __slots__ = (
         "arrival",
         "arrived_at",
+        "dropped",
         "eos_token_ids",
         "handed_over",
         "key",
@@ -93,6 +97,8 @@ class ActiveRequest:
         """Most output tokens: asked for, or what the model's length leaves."""
         self.num_cached_tokens = 0
         self.started = False
+        self.dropped = False
+        """Aborted, or here again: tokens that steps in flight choose for it are nobody's."""
         self.handed_over = False
         """True once it came from or left for another engine."""
         self.prefill_worker = ""
@@ -130,18 +136,23 @@ class Sequence:
         "finish_reason",
         "index",
         "num_computed_tokens",
+        "num_flights",
         "num_prompt_tokens",
         "num_registered_blocks",
         "num_scheduled_tokens",
         "order",
         "output_token_ids",
+        "pending_row",
         "prompt_token_ids",
+        "reads_outputs",
         "request",
         "sampled",
         "sampling",
         "state",
         "stop_checker",
         "stop_reason",
+        "table_row",
+        "waits",
     )
 
     def __init__(self, request: ActiveRequest, index: int) -> None:
@@ -156,6 +167,8 @@ class Sequence:
         self.output_token_ids: list[int] = []
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
+        self.num_flights = 0
+        """Steps that were launched with it and are not retired."""
         self.block_table: list[BlockId] = []
         self.block_hashes: list[BlockHash] = []
         """Of the full blocks of known tokens, as far as they were needed."""
@@ -169,6 +182,14 @@ class Sequence:
             output_token_ids=self.output_token_ids,
             stop_token_ids=request.eos_token_ids | request.stop_token_ids,
         )
+        self.waits = False
+        """Its token in flight must be known before it can go on: no step takes it until then."""
+        self.reads_outputs = self.sampling.reads_outputs
+        """See `SamplingState.reads_outputs`."""
+        self.pending_row = 0
+        """Which row of the newest step in flight chose its pending token."""
+        self.table_row = 0
+        """Its row in the block tables that were packed last (`batch.Packer`)."""
         self.sampled: list[SampledToken] = []
         """Every choice with its log-probability; kept only where log-probabilities are asked."""
         self.detokenizer: Detokenizer | None = None
@@ -179,17 +200,30 @@ class Sequence:
     def __repr__(self) -> str:
         return (
             f"Sequence({self.request.key!r}[{self.index}], {self.state.name}, "
-            f"{self.num_computed_tokens}+{self.num_scheduled_tokens}/{self.num_tokens} tokens)"
+            f"{self.num_computed_tokens}+{self.num_scheduled_tokens}/{self.num_tokens} tokens, "
+            f"{self.num_pending_tokens} pending{', waits' if self.waits else ''})"
         )
 
     @property
-    def num_tokens(self) -> int:
-        """Known tokens, prompt and output."""
+    def num_pending_tokens(self) -> int:
+        """Its newest tokens, which are on the device alone."""
+        return self.sampling.num_pending_tokens
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens whose values are here, prompt and output."""
         return self.num_prompt_tokens + len(self.output_token_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """All its tokens, prompt, output and pending."""
+        return (
+            self.num_prompt_tokens + len(self.output_token_ids) + self.sampling.num_pending_tokens
+        )
+
+    @property
     def num_uncomputed_tokens(self) -> int:
-        """Known tokens whose KV is still to be computed; at least 1 while it runs."""
+        """Tokens whose KV is still to be computed; at least 1 while it runs."""
         return self.num_tokens - self.num_computed_tokens
 
     def tokens(self, start: int, stop: int) -> list[int]:

@@ -1,16 +1,18 @@
-"""One batch: packed, computed, sampled."""
+"""One batch: packed, launched, sampled; and its tokens, when they have come."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
 from pdbatch.engine.admission import Encoder
-from pdbatch.engine.batch import build_input
+from pdbatch.engine.batch import Packer
 from pdbatch.engine.block_manager import BlockManager
+from pdbatch.engine.blocks import BlockId
+from pdbatch.engine.flight import Flight
 from pdbatch.engine.model_input import SampledToken
 from pdbatch.engine.ports import Cache, Runner, TextSource, TokenSampler
 from pdbatch.engine.scheduler import SchedulerOutput
@@ -33,58 +35,127 @@ class ModelSide:
 
 
 class Stepper:
-    """Runs what the scheduler chose."""
+    """Launches what the scheduler chose, and retires it in order."""
 
     def __init__(
         self,
         model: ModelSide,
         blocks: BlockManager,
+        *,
+        hands_off: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`hands_off`: requests leave at their first token, so nothing runs ahead of it."""
+        self.flights: deque[Flight] = deque()
+        """Launched and not retired, the oldest first."""
         self._model = model
         self._blocks = blocks
+        self._packer = Packer(blocks.block_size)
+        self._hands_off = hands_off
         self._clock = clock
+        self._retired_at_s = 0.0
 
-    def run(self, plan: SchedulerOutput) -> list[tuple[Sequence, SampledToken]]:
-        """Compute the plan; the next token of each sequence that is through with its tokens.
+    def launch(self, plan: SchedulerOutput) -> None:
+        """Start to compute the plan; waits for nothing on a device that works on its own.
 
-        A request whose prompt is through gives one token for each of its outputs. Counts of
-        computed tokens are moved on, and each request gets its share of the time; tokens are not
-        appended yet. If anything is raised, no content can be found in the pool any more: some
-        blocks were named before they were written.
+        Counts of computed tokens are moved on. A sequence that is through with its tokens has one
+        more, pending; a request whose prompt is through has one for each of its outputs.
         """
-        sequences, start = plan.sequences, self._clock()
-        try:
-            chosen = self._compute(sequences, len(plan.decodes))
-        except BaseException:
-            self._blocks.pool.forget_all()
-            raise
-        token_s = (self._clock() - start) / plan.num_tokens
+        start_s, sequences = self._clock(), plan.sequences
+        before = self.flights[-1].choice if self.flights else None
+        tokens = before.tokens if before is not None else None
+        batch = self._packer.pack(sequences, len(plan.decodes), tokens)
+        logits = self._model.runner.execute(batch)
+        owners, rows = self._owners(sequences, batch.logits_indices)
+        choice = None
+        if owners:
+            states = [owner.sampling for owner in owners]
+            choice = self._model.sampler.choose(logits, states, rows)
+        counts = [sequence.num_scheduled_tokens for sequence in sequences]
         for sequence in sequences:
-            sequence.request.times.engine_s += token_s * sequence.num_scheduled_tokens
             sequence.num_computed_tokens += sequence.num_scheduled_tokens
             sequence.num_scheduled_tokens = 0
+            sequence.num_flights += 1
+        for row, owner in enumerate(owners):
+            owner.waits = not self._may_go_on(owner)
+            owner.pending_row = row
+            owner.sampling.num_pending_tokens += 1
+        self.flights.append(Flight(sequences, counts, owners, choice, start_s))
+
+    def retire(self) -> list[tuple[Sequence, SampledToken]]:
+        """Wait for the oldest step's tokens; those of sequences that have not ended meanwhile.
+
+        They are not appended yet, but not pending any more. Each request gets its share of the
+        step's time: while one step follows the other, from retirement to retirement.
+        """
+        flight = self.flights[0]
+        tokens = flight.choice.fetch() if flight.choice is not None else []
+        self.flights.popleft()
+        now_s = self._clock()
+        spent_s = now_s - max(flight.launched_at_s, self._retired_at_s)
+        self._retired_at_s = now_s
+        token_s = spent_s / sum(flight.counts)
+        for sequence, count in zip(flight.sequences, flight.counts, strict=True):
+            sequence.request.times.engine_s += token_s * count
+            sequence.num_flights -= 1
+        chosen = []
+        for owner, token in zip(flight.owners, tokens, strict=True):
+            owner.sampling.num_pending_tokens -= 1
+            owner.waits = owner.waits and owner.num_pending_tokens > 0
+            if owner.finish_reason is None and not owner.request.dropped:
+                chosen.append((owner, token))
+        self._release(flight)
         return chosen
 
-    def _compute(
-        self, sequences: SequenceOf[Sequence], num_decodes: int
-    ) -> list[tuple[Sequence, SampledToken]]:
-        batch = build_input(sequences, num_decodes, self._blocks.block_size)
-        logits = self._model.runner.execute(batch)
+    def give_back(self, sequence: Sequence) -> None:
+        """Free a sequence's blocks; if a step in flight has it, when that is retired."""
+        if sequence.num_flights:
+            self.flights[-1].tables.append(self._blocks.detach(sequence))
+        else:
+            self._blocks.free(sequence)
+
+    def drop(self) -> None:
+        """Forget what is in flight; its sequences are the caller's to start over or to drop."""
+        while self.flights:
+            flight = self.flights.popleft()
+            for sequence in flight.sequences:
+                sequence.num_flights -= 1
+            self._release(flight)
+
+    @property
+    def tables(self) -> list[list[BlockId]]:
+        """Block tables that steps in flight own."""
+        return [table for flight in self.flights for table in flight.tables]
+
+    def _release(self, flight: Flight) -> None:
+        for table in flight.tables:
+            self._blocks.pool.release(table)
+
+    def _owners(
+        self, sequences: list[Sequence], wanted: list[int]
+    ) -> tuple[list[Sequence], list[int] | None]:
+        """Whose tokens the rows of logits give, and which row each; None: one row for each.
+
+        All outputs of a request have theirs from one row at its first token.
+        """
         owners: list[Sequence] = []
         rows: list[int] = []
-        for row, at in enumerate(batch.logits_indices):
-            outputs = _outputs_of(sequences[at])
+        for row, at in enumerate(wanted):
+            sequence = sequences[at]
+            outputs = [sequence] if _has_first(sequence) else sequence.request.sequences
             owners += outputs
             rows += [row] * len(outputs)
-        if not owners:
-            return []
-        if len(owners) != len(batch.logits_indices):
-            logits = logits[rows]
-        tokens = self._model.sampler.sample(logits, [owner.sampling for owner in owners])
-        return list(zip(owners, tokens, strict=True))
+        return owners, rows if len(owners) != len(wanted) else None
+
+    def _may_go_on(self, owner: Sequence) -> bool:
+        """Whether the step after this one may run the token that this one chooses."""
+        request, sampling = owner.request, owner.sampling
+        if sampling.position + 1 >= request.max_tokens:
+            return False
+        if sampling.position == 0 and (self._hands_off or request.params.n > 1):
+            return False
+        return not owner.reads_outputs
 
 
-def _outputs_of(sequence: Sequence) -> list[Sequence]:
-    """Whose tokens a row of logits gives: all outputs of a request at its first token."""
-    return [sequence] if sequence.output_token_ids else sequence.request.sequences
+def _has_first(sequence: Sequence) -> bool:
+    return sequence.sampling.position > 0

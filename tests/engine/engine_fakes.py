@@ -54,12 +54,18 @@ class FakeModel:
         self.block_size = block_size
         self.slots: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
         self.steps = 0
+        self.unfinished: dict[int, set[int]] = {}
+        """By step whose tokens are not fetched yet: the blocks that it writes."""
+        self.writes: set[int] = set()
+        """Those of the newest step."""
         self.scheduled: list[int] = []
 
     def execute(self, batch: ModelInput):
         self.steps += 1
         ids, positions = batch.input_ids_T.tolist(), batch.positions_T.tolist()
+        ids = [token if token >= 0 else batch.tokens_before[-1 - token] for token in ids]
         slots = batch.slot_mapping_T.tolist()
+        self.writes = {slot // self.block_size for slot in slots}
         assert len(set(slots)) == len(slots) == len(ids) == len(positions)
         self.scheduled.append(len(ids))
         for token, position, slot in zip(ids, positions, slots, strict=True):
@@ -77,13 +83,27 @@ class FakeModel:
             tokens.append(slot[0])
         return tokens
 
-    def sample(self, logits: Rows, states: Sequence[SamplingState]) -> list[SampledToken]:
-        assert len(logits.rows) == len(states)
+    def choose(
+        self,
+        logits: Rows,
+        states: Sequence[SamplingState],
+        rows: Sequence[int] | None = None,
+    ) -> FakeChoice:
+        picked = logits.rows if rows is None else [logits.rows[row] for row in rows]
+        assert len(picked) == len(states)
         chosen = []
-        for tokens, state in zip(logits.rows, states, strict=True):
-            assert tokens == state.prompt_token_ids + state.output_token_ids
-            chosen.append(SampledToken(next_token(tokens, state.seed, state.output_index), -1.0))
-        return chosen
+        for tokens, state in zip(picked, states, strict=True):
+            known = state.prompt_token_ids + state.output_token_ids
+            assert tokens[: len(known)] == known
+            assert len(tokens) == len(state.prompt_token_ids) + state.position
+            chosen.append(next_token(tokens, state.seed, state.output_index))
+        self.unfinished[self.steps] = self.writes
+        return FakeChoice(self, self.steps, chosen)
+
+    def finish(self, step: int) -> None:
+        """What was launched up to this step is over."""
+        for other in [other for other in self.unfinished if other <= step]:
+            del self.unfinished[other]
 
     def copy_blocks(self, src: Sequence[int], dst: Sequence[int]) -> None:
         size = self.block_size
@@ -95,8 +115,18 @@ class FakeModel:
 class Rows:
     rows: list[list[int]]
 
-    def __getitem__(self, picked: list[int]) -> Rows:
-        return Rows([self.rows[at] for at in picked])
+
+@dataclass
+class FakeChoice:
+    """Tokens that are known here when they are fetched."""
+
+    model: FakeModel
+    step: int
+    tokens: list[int]
+
+    def fetch(self) -> list[SampledToken]:
+        self.model.finish(self.step)
+        return [SampledToken(token, -1.0) for token in self.tokens]
 
 
 class FakeTokenizer:
@@ -193,6 +223,7 @@ class FakeTransfers:
 
     def reset(self, epoch: int) -> None:
         self.epoch = epoch
+        self.model.unfinished.clear()  # what takes blocks now waits for the stream
 
     def fileno(self) -> int:
         return -1
@@ -221,11 +252,14 @@ def make_engine(
     pinned_share: float = 0.5,
     prefix_caching: bool = True,
     published: dict[str, Published] | None = None,
+    run_ahead: bool = False,
 ) -> FakeEngine:
     model = FakeModel(num_blocks, block_size)
     generations = [0] * num_blocks
 
     def bump(blocks: Sequence[int]) -> None:
+        writing = set().union(*model.unfinished.values())
+        assert writing.isdisjoint(blocks), "a block that a step in flight writes is taken"
         for block in blocks:
             generations[block] += 1
             for slot in range(block * block_size, (block + 1) * block_size):
@@ -260,5 +294,6 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         pinned_share=pinned_share,
+        run_ahead=run_ahead,
     )
     return FakeEngine(engine, model, transfers, blocks)

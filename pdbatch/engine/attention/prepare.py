@@ -17,6 +17,7 @@ from pdbatch.engine.attention.triton_step import Run, Tables
 from pdbatch.engine.attention.upload import Upload, aligned, views
 from pdbatch.engine.kernels import chunk
 from pdbatch.engine.model_input import ModelInput
+from pdbatch.engine.pending import put_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ def eager(batch: ModelInput, sizes: decodes.Sizes, upload: Upload) -> Step:
     sections += [starts[a : b + 1] - starts[a] for a, b, _equal in pieces]
     sent = iter(upload.send(sections))
     ids, positions, slots, starts_d, lens_d, blocks_at, blocks = (next(sent) for _ in range(7))
+    put_tokens(ids, batch.tokens_before)
     own, whole, shared = plan.tables(sent) if plan is not None else (None, None, None)
     prefixed, plain = (next(sent).view(-1, 2) for _ in range(2))
     tables = Tables(
@@ -102,6 +104,7 @@ class Captured:
     def fill(self, batch: ModelInput, plan: decodes.Decodes, rows: int) -> None:
         """Send a step of at most `rows` decodes; `plan` was made with room for `rows`."""
         self._upload.send_into([*_head(batch, rows), *plan.sections, _blocks(batch)], self._buffer)
+        put_tokens(self._buffer[:rows], batch.tokens_before)  # the ids, which come first
 
     def step(self, batch: ModelInput, plan: decodes.Decodes, rows: int) -> Step:
         """The places where `fill` puts any step of this kind and so many rows."""
