@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "up": Entry("up:up", "Keep the processes of the Procfile running."),
     "db": Entry("db:db", "Look after the database's tables."),
     "verify": Entry("verify:verify", "Compare prefill and decode with transformers' generate."),
+    "bench": Entry("bench:bench", "Measure a model here, beside what the device could do."),
     "doctor": Entry("doctor:doctor", "Examine this machine and say how KV would move on it."),
     "version": Entry("version:version", "Print the versions of pdbatch and what it stands on."),
     "redis": Entry("services:redis", "Be the embedded Redis.", hidden=True),

@@ -1,0 +1,128 @@
+"""The least time in which a device could do a workload, from two measured rates.
+
+A token's products cost 2 FLOP for each weight that it meets; attention costs 4 for each pair of
+query and key, head and dimension. A decode step reads all weights once and the KV of its sequences.
+
+    prefill     FLOP of all prompt tokens (a shared beginning once), over the rate of products
+    decode      the longer of its FLOP over that rate, and its bytes over the rate of copies
+
+The floor is their sum: nothing overlaps a prefill, nothing waits, no step but the fullest. Rates
+are what this device reaches in one large product and in one large copy, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pdbatch.bench.workloads import Asked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What the device reaches."""
+
+    flop_s: float
+    """In a product of two large matrices of the model's dtype."""
+    bytes_s: float
+    """In a copy on the device, what is read and what is written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a model's shape asks of a device."""
+
+    body_weights: int
+    """That a token meets, below the head."""
+    head_weights: int
+    """That a sampled token meets besides."""
+    step_bytes: int
+    """Of all weights, as a step of many sequences reads them."""
+    kv_bytes: int
+    """Of one token."""
+    pair_flop: int
+    """Of one pair of query and key in all layers."""
+
+
+def cost_of(config: Any, dtype: torch.dtype) -> Cost:
+    """Of a decoder with gated feed-forward layers, with or without experts."""
+    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    size = int(getattr(config, "head_dim", None) or hidden // heads)
+    attention = 2 * hidden * size * (heads + kv_heads)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    inner = int(config.intermediate_size)
+    if experts:
+        inner = int(getattr(config, "moe_intermediate_size", None) or inner)
+    active = int(config.num_experts_per_tok) if experts else 1
+    head = hidden * int(config.vocab_size)
+    feed_forward = 3 * hidden * inner
+    read = layers * (attention + feed_forward * int(experts or 1)) + head
+    return Cost(
+        body_weights=layers * (attention + feed_forward * active),
+        head_weights=head,
+        step_bytes=read * dtype.itemsize,
+        kv_bytes=layers * 2 * kv_heads * size * dtype.itemsize,
+        pair_flop=4 * layers * heads * size,
+    )
+
+
+def floor_s(
+    asked: Sequence[Asked], shared_tokens: int, places: int, cost: Cost, rates: Rates
+) -> float:
+    """Seconds, with at most `places` sequences in a step."""
+    prompts = [len(one.prompt) for one in asked]
+    prompt_tokens = sum(prompts) - shared_tokens * (len(asked) - 1)
+    before = shared_tokens * (shared_tokens + 1) // 2
+    pairs = sum(length * (length + 1) // 2 - before for length in prompts) + before
+    prefill = 2 * cost.body_weights * prompt_tokens + cost.pair_flop * pairs
+    prefill += 2 * cost.head_weights * len(asked)
+    later = [one.num_output_tokens - 1 for one in asked]
+    tokens = sum(later)
+    if not tokens:
+        return prefill / rates.flop_s
+    steps = max(tokens / min(places, len(asked)), max(later))
+    own = [n - shared_tokens for n in prompts]
+    read = sum(n * length + n * (n + 1) // 2 for n, length in zip(later, own, strict=True))
+    decode_pairs = read + shared_tokens * tokens
+    decode = 2 * (cost.body_weights + cost.head_weights) * tokens + cost.pair_flop * decode_pairs
+    kv_bytes = cost.kv_bytes * (read + shared_tokens * steps)
+    moved = steps * cost.step_bytes + kv_bytes
+    return prefill / rates.flop_s + max(decode / rates.flop_s, moved / rates.bytes_s)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The best of a few products and copies; takes about a second."""
+    gpu = device.type == "cuda"
+    edge, copied = (8192, 1 << 30) if gpu else (1024, 1 << 27)
+    left = torch.randn(edge, edge, dtype=torch.float32, device=device).to(dtype)
+    right = torch.randn(edge, edge, dtype=torch.float32, device=device).to(dtype)
+    product = torch.empty_like(left)
+    source = torch.ones(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product_s = _best_s(lambda: torch.mm(left, right, out=product), device)
+    copy_s = _best_s(lambda: target.copy_(source), device)
+    return Rates(flop_s=2 * edge**3 / product_s, bytes_s=2 * copied / copy_s)
+
+
+def _best_s(work: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
+    """Seconds of the fastest of some runs."""
+    spent = []
+    for _ in range(rounds):
+        settle(device)
+        start_s = time.perf_counter()
+        work()
+        settle(device)
+        spent.append(time.perf_counter() - start_s)
+    return min(spent)
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
