@@ -106,6 +106,8 @@ class Settings:
     """Most bytes of KV that a decode worker claims at a time."""
     log_dir: Path | None = None
     """Logs of the processes that `run` and `up` start; empty: `<home>/logs`."""
+    trace: Path | None = None
+    """A folder: each worker's engine writes a trace there, for Perfetto; empty: none does."""
     log_level: LogLevel = "info"
     """`debug`, `info`, `warning` or `error`."""
     secret: str | None = None

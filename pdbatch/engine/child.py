@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from pdbatch.engine.base import EngineBase
 from pdbatch.engine.config import EngineConfig
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         config = channel.receive_as(EngineConfig)
         engine = make_engine(config)
         channel.send(Ready(engine.info))
-        serve(engine, channel, config.stats_interval_s)
+        with traced(engine, config):
+            serve(engine, channel, config.stats_interval_s)
     except ChannelClosed:
         return 0
     except BaseException as error:
@@ -68,6 +70,22 @@ def make_engine(config: EngineConfig) -> EngineBase:
     from pdbatch.engine.build import build_engine
 
     return build_engine(config)
+
+
+@contextlib.contextmanager
+def traced(engine: EngineBase, config: EngineConfig) -> Iterator[None]:
+    """With a trace of what the engine does, where the configuration asks for one."""
+    if not config.trace or config.engine == "null":
+        yield
+        return
+    from pdbatch.engine.trace import trace_engine
+
+    tracer = trace_engine(engine, config.trace, config.worker)
+    logger.info("tracing into %s", tracer.path)
+    try:
+        yield
+    finally:
+        tracer.close()
 
 
 def serve(engine: EngineBase, channel: Channel[Command], stats_interval_s: float) -> None:

@@ -67,6 +67,8 @@ class EngineConfig:
     """The machine's name, by which peers know that shared memory reaches them."""
     epoch: int = 0
     """The worker's life; descriptors of an earlier one are refused."""
+    trace: str = ""
+    """A folder for a trace of this engine (`pdbatch.engine.trace`); empty: none."""
     engine: Literal["auto", "null"] = "auto"
     """`null` runs no model: constant tokens at once, for measuring everything else."""
 

@@ -8,7 +8,7 @@ own methods and pays nothing. The stages of a round, all within `step`:
     input      packed for the runner
     launch     the model's work queued on the device      (on a CPU: done)
     sample     its tokens chosen                          (on a device: queued)
-    wait       for the tokens of the oldest step
+    wait       for the tokens of the oldest step in flight
     advance    tokens appended, ends, results
     hand-off   blocks pinned and described                (prefill engines; within `advance`)
 
@@ -28,7 +28,6 @@ _STAGES = (
     ("_stepper._packer", "pack", "input"),
     ("_stepper._model.runner", "execute", "launch"),
     ("_stepper._model.sampler", "choose", "sample"),
-    ("_stepper._model.sampler", "sample", "sample"),
     ("_life", "advance", "advance"),
     ("_adoptions", "collect", "pulls"),
     ("_adoptions", "start", "pulls"),
@@ -61,8 +60,8 @@ def watch(engine: Any, watcher: Watcher, settle: Callable[[], None] | None = Non
     """
     clock = Clock(watcher, settle)
     for part, method, stage in _STAGES:
-        owner = _part(engine, part)
-        if hasattr(owner, method):
+        owner = attrgetter(part)(engine)
+        if owner is not None:  # parts that this role does without
             setattr(owner, method, clock.timed(getattr(owner, method), stage))
     engine.step = clock.timed(engine.step, "step")
     schedule = engine.scheduler.schedule
@@ -73,16 +72,8 @@ def watch(engine: Any, watcher: Watcher, settle: Callable[[], None] | None = Non
         return plan
 
     engine.scheduler.schedule = scheduled
-    if hasattr(engine._transfers, "_pull"):
+    if engine._transfers is not None:
         engine._transfers._pull = _pulling(engine._transfers._pull, watcher)
-
-
-def _part(engine: Any, path: str) -> Any:
-    """None for a part that this engine does without."""
-    try:
-        return attrgetter(path)(engine)
-    except AttributeError:
-        return None
 
 
 class Clock:

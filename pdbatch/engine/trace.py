@@ -30,6 +30,7 @@ class Tracer:
 
     def __init__(self, path: Path, process: str) -> None:
         """`process` is the name that stands above this process's rows."""
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8")
         self._file.write("[\n")

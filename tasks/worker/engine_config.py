@@ -30,6 +30,7 @@ def engine_config(settings: Settings, *, worker: str, host: str) -> EngineConfig
         secret=settings.cluster_secret(),
         worker=worker,
         host=host,
+        trace=str(settings.trace.absolute()) if settings.trace else "",
         engine=settings.engine,
         kv_transport=settings.kv_transport,
         kv_checksum=settings.kv_checksum,
