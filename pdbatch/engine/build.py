@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pdbatch.engine import loader, runner
+from pdbatch.engine import fences, loader, runner
 from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.blocks import BlockPool
 from pdbatch.engine.config import EngineConfig
@@ -97,6 +97,7 @@ def build_engine(
         preempt_every_steps=config.preempt_every_steps,
         keep_prompts=keep_prompts,
         run_ahead=kind == "cuda" if config.run_ahead is None else config.run_ahead,
+        mark=fences.marker(str(loaded.device)),
     )
 
 

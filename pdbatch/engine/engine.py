@@ -37,6 +37,7 @@ from pdbatch.engine.adoption import Adoptions
 from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.config import Role
 from pdbatch.engine.events import Outbox
+from pdbatch.engine.fences import Mark, over
 from pdbatch.engine.lifecycle import Lifecycle
 from pdbatch.engine.messages import (
     Abort,
@@ -83,10 +84,12 @@ class Engine:
         preempt_every_steps: int | None = None,
         keep_prompts: bool = False,
         run_ahead: bool = False,
+        mark: Mark = over,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`transfers` may be None for a mixed engine; `keep_prompts` puts prompts into results;
-        `run_ahead` launches a step before the tokens of the one before it are looked at."""
+        `run_ahead` launches a step before the tokens of the one before it are looked at; `mark`
+        marks the stream that the model side works on."""
         self.info = info
         self._blocks = blocks
         self._transfers = transfers
@@ -105,7 +108,7 @@ class Engine:
         self._admission = Admission(model.tokenizer, limits, model.eos_token_ids, worker)
         self._adoptions = Adoptions(transfers, self.scheduler) if transfers is not None else None
         self._outgoing = Outgoing(transfers, blocks.pool, worker) if transfers is not None else None
-        self._stepper = Stepper(model, blocks, hands_off=role == "prefill", clock=clock)
+        self._stepper = Stepper(model, blocks, hands_off=role == "prefill", mark=mark, clock=clock)
         self._out = Outbox()
         self._life = Lifecycle(
             model,

@@ -19,7 +19,7 @@ Mark = Callable[[], Wait]
 def marker(device: str) -> Mark:
     """For a device of torch. On the CPU a call that has returned is over."""
     if not device.startswith("cuda"):
-        return lambda: _over
+        return over
 
     import torch
 
@@ -33,5 +33,10 @@ def marker(device: str) -> Mark:
     return mark
 
 
-def _over() -> None:
+def over() -> Wait:
+    """A mark where a call that has returned is over."""
+    return _nothing
+
+
+def _nothing() -> None:
     """Nothing to wait for."""

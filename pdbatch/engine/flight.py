@@ -1,7 +1,8 @@
 """A step between its launch and its retirement.
 
     launched    its kernels are queued, its tokens are named by the next step, not known here
-    retired     its tokens are here and appended; who ended by them gives blocks back
+    retired     all of it is over on the device, its tokens are here and are appended; who ended
+                by them gives blocks back
 
 At most one step is in flight while another is put together (`engine.Engine`). A sequence that
 is found to have ended, though the step in flight has it already, leaves its blocks with that
@@ -14,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pdbatch.engine.blocks import BlockId
+from pdbatch.engine.fences import Wait
 from pdbatch.engine.ports import Choice
 from pdbatch.engine.sequence import Sequence, SequenceState
 
@@ -32,6 +34,8 @@ class Flight:
     """None for chunks alone."""
     launched_at_s: float
     """Monotonic seconds at which it began to be put together."""
+    settled: Wait
+    """Returns when all that it launched is over on the device."""
     tables: list[list[BlockId]] = field(default_factory=list)
     """Of sequences that have ended since."""
 

@@ -24,21 +24,22 @@ each touch also has a moment at which all before it must be over (`pdbatch.engin
 
     who                 touches                  begins when                 is over
     steps               their sequences' blocks  launched, in stream order   in stream order
-    a peer's read       what is pinned           `pin` has waited for the    whenever it likes:
-                                                 engine's stream             late ones are found out
+    a peer's read       what is pinned           the steps that wrote it     whenever it likes:
+                                                 are retired, hence over     late ones are found out
     a pull, on streams  its target blocks        its thread has waited for   before its result,
     of its own                                   the engine's stream         good or bad
     the next owner      what it took             `take` has raised the       as its kind is
                                                  generations
 
-    1. No peer sees half a prefill: the descriptor exists only after `pin`'s wait. The wait takes
-       no time: the request's first token is on the host by then, and the engine's stream copied
-       it there after everything that the prompt's steps wrote.
+    1. No peer sees half a prefill: a request is pinned when the step of its first token is
+       retired, which waits for a mark that was made when that was launched (`stepper`), so for
+       all that the prompt's steps wrote. What runs ahead of that step is not waited for.
     2. A read that overlaps a reuse is found out: generations rise in `take`, on the host, before
        the first kernel that writes is launched; the reader asks for them after its last byte.
-    3. A pull overwrites nothing that is still used: a sequence that was aborted or preempted may
-       have work under way (a step without a token to sample is not waited for), so `start_pull`
-       marks the engine's stream, and the pull waits for the mark before its first byte.
+    3. A pull overwrites nothing that is still used: blocks of a step in flight come back when it
+       is retired, but a step that was dropped (a failure, a reset) is not waited for, so
+       `start_pull` marks the engine's stream, and the pull waits for the mark before its first
+       byte.
     4. Decode sees all that a pull wrote: a transport returns when its own stream is done, the
        result comes to the engine's thread after that, and only then steps are launched.
     5. Blocks of an aborted pull stay its own until its result, and no result comes before its
@@ -184,9 +185,8 @@ class KVTransfers:
         prompt: list[int],
         payload: HandoffPayload,
     ) -> Handoff:
-        """Offer these blocks' KV to peers until `unpin`."""
+        """Offer these blocks' KV to peers until `unpin`; every write to them must be over."""
         assert self._producer is not None, "a decode engine pins nothing"
-        self._mark()()
         described = self._producer.pin(handoff_id, blocks, prompt, encode_payload(payload))
         return Handoff(payload.key, handoff_id, described.to_json(), described.num_bytes)
 

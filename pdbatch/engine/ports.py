@@ -133,7 +133,7 @@ class Transfers(Protocol):
     def pin(
         self, handoff_id: str, blocks: Sequence[int], prompt: list[int], payload: HandoffPayload, /
     ) -> Handoff:
-        """Offer these blocks' KV to peers until `unpin`."""
+        """Offer these blocks' KV to peers until `unpin`; every write to them is over."""
         ...
 
     def unpin(self, handoff_id: str, /) -> None:

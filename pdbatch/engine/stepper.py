@@ -12,6 +12,7 @@ from pdbatch.engine.admission import Encoder
 from pdbatch.engine.batch import Packer
 from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.blocks import BlockId
+from pdbatch.engine.fences import Mark, over
 from pdbatch.engine.flight import Flight
 from pdbatch.engine.model_input import SampledToken
 from pdbatch.engine.ports import Cache, Runner, TextSource, TokenSampler
@@ -43,15 +44,20 @@ class Stepper:
         blocks: BlockManager,
         *,
         hands_off: bool = False,
+        mark: Mark = over,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`hands_off`: requests leave at their first token, so nothing runs ahead of it."""
+        """`hands_off`: requests leave at their first token, so nothing runs ahead of it.
+
+        `mark` marks the stream that the model side works on.
+        """
         self.flights: deque[Flight] = deque()
         """Launched and not retired, the oldest first."""
         self._model = model
         self._blocks = blocks
         self._packer = Packer(blocks.block_size)
         self._hands_off = hands_off
+        self._mark = mark
         self._clock = clock
         self._retired_at_s = 0.0
 
@@ -80,15 +86,16 @@ class Stepper:
             owner.waits = not self._may_go_on(owner)
             owner.pending_row = row
             owner.sampling.num_pending_tokens += 1
-        self.flights.append(Flight(sequences, counts, owners, choice, start_s))
+        self.flights.append(Flight(sequences, counts, owners, choice, start_s, self._mark()))
 
     def retire(self) -> list[tuple[Sequence, SampledToken]]:
-        """Wait for the oldest step's tokens; those of sequences that have not ended meanwhile.
+        """Wait for the oldest step; its tokens for the sequences that have not ended meanwhile.
 
         They are not appended yet, but not pending any more. Each request gets its share of the
         step's time: while one step follows the other, from retirement to retirement.
         """
         flight = self.flights[0]
+        flight.settled()
         tokens = flight.choice.fetch() if flight.choice is not None else []
         self.flights.popleft()
         now_s = self._clock()

@@ -55,9 +55,7 @@ class FakeModel:
         self.slots: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
         self.steps = 0
         self.unfinished: dict[int, set[int]] = {}
-        """By step whose tokens are not fetched yet: the blocks that it writes."""
-        self.writes: set[int] = set()
-        """Those of the newest step."""
+        """By step that nobody has waited for yet: the blocks that it writes."""
         self.scheduled: list[int] = []
 
     def execute(self, batch: ModelInput):
@@ -65,7 +63,7 @@ class FakeModel:
         ids, positions = batch.input_ids_T.tolist(), batch.positions_T.tolist()
         ids = [token if token >= 0 else batch.tokens_before[-1 - token] for token in ids]
         slots = batch.slot_mapping_T.tolist()
-        self.writes = {slot // self.block_size for slot in slots}
+        self.unfinished[self.steps] = {slot // self.block_size for slot in slots}
         assert len(set(slots)) == len(slots) == len(ids) == len(positions)
         self.scheduled.append(len(ids))
         for token, position, slot in zip(ids, positions, slots, strict=True):
@@ -97,13 +95,17 @@ class FakeModel:
             assert tokens[: len(known)] == known
             assert len(tokens) == len(state.prompt_token_ids) + state.position
             chosen.append(next_token(tokens, state.seed, state.output_index))
-        self.unfinished[self.steps] = self.writes
-        return FakeChoice(self, self.steps, chosen)
+        return FakeChoice(chosen)
 
-    def finish(self, step: int) -> None:
-        """What was launched up to this step is over."""
-        for other in [other for other in self.unfinished if other <= step]:
-            del self.unfinished[other]
+    def mark(self):
+        """As `fences.Mark`: what was launched up to here is over when the wait returns."""
+        step = self.steps
+
+        def wait() -> None:
+            for other in [other for other in self.unfinished if other <= step]:
+                del self.unfinished[other]
+
+        return wait
 
     def copy_blocks(self, src: Sequence[int], dst: Sequence[int]) -> None:
         size = self.block_size
@@ -120,12 +122,9 @@ class Rows:
 class FakeChoice:
     """Tokens that are known here when they are fetched."""
 
-    model: FakeModel
-    step: int
     tokens: list[int]
 
     def fetch(self) -> list[SampledToken]:
-        self.model.finish(self.step)
         return [SampledToken(token, -1.0) for token in self.tokens]
 
 
@@ -180,6 +179,8 @@ class FakeTransfers:
 
     def pin(self, handoff_id, blocks, prompt, payload) -> Handoff:
         assert unpack_tokens(payload.prompt) == prompt
+        writing = set().union(*self.model.unfinished.values())
+        assert writing.isdisjoint(blocks), "a block that a step in flight writes is offered"
         self.offered.add(handoff_id)
         self.published[handoff_id] = Published(
             self.model,
@@ -295,5 +296,6 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         pinned_share=pinned_share,
         run_ahead=run_ahead,
+        mark=model.mark,
     )
     return FakeEngine(engine, model, transfers, blocks)
