@@ -39,6 +39,8 @@ class Fleet:
     settings: Settings
     roles: Sequence[Role]
     """One worker each, named `prefill-1`, `decode-1`, …"""
+    devices: Sequence[str] = ()
+    """The workers' devices, in turn; none: as the settings say."""
     exits: list[Exit] = field(default_factory=list)
     """What ended since the start, and when it comes back."""
     supervisor: Supervisor = field(init=False)
@@ -58,7 +60,10 @@ class Fleet:
         self._add("reconciler", reconciler_argv(), child_env(self.settings))
         for number, role in enumerate(self.roles):
             name = f"{role}-{self.roles[: number + 1].count(role)}"
-            mine = replace(self.settings, role=role, worker_name=name)
+            device = self.devices[number % len(self.devices)] if self.devices else None
+            mine = replace(
+                self.settings, role=role, worker_name=name, device=device or self.settings.device
+            )
             self._add(name, worker_argv(mine), worker_env(mine))
         self.supervisor.start()
         return self
