@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,10 @@ from pdbatch.engine import gguf, packing, random_models
 from pdbatch.engine.attention import hook
 from pdbatch.engine.tokenizer import Tokenizer
 from pdbatch.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from pdbatch.engine.parallel.group import Group
+    from pdbatch.engine.parallel.shard import Shard
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _GROWING_ROPE = ("dynamic", "longrope")
@@ -45,12 +49,21 @@ class LoadedModel:
     """Alias, hub name or folder's name: equal on every worker that serves the model."""
     vocab_size: int
     """Columns of the logits."""
+    shard: Shard | None = None
+    """Which part of the model `model` is; None: all of it."""
 
 
-def load(model: str, home: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load(
+    model: str,
+    home: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    group: Group | None = None,
+) -> LoadedModel:
     """Load a model (alias, folder, GGUF file, hub name or `random:SHAPE`).
 
-    `dtype` auto is float32 on the CPU and the model's own on a GPU.
+    `dtype` auto is float32 on the CPU and the model's own on a GPU. With a group, only its rank's
+    part comes to the device.
     Raises ModelError with a remedy if it cannot be found, converted, or run by this engine,
     ConfigError for a device or dtype that is not there.
     """
@@ -60,14 +73,21 @@ def load(model: str, home: str, device: str = "auto", dtype: str = "auto") -> Lo
     text_config = random_models.config_of(model) if folder is None else _config(folder)
     kind = _pick_dtype(dtype, target, text_config)
     if folder is None:
-        network = random_models.make(text_config, kind, target).eval()
+        network = random_models.make(text_config, kind, target)
     else:
-        network = _weights(folder, kind).to(target).eval()
-    network.requires_grad_(False)
+        network = _weights(folder, kind)
+    network.eval().requires_grad_(False)
     vocab_size = int(network.get_output_embeddings().weight.shape[0])
     known_ids = int(network.get_input_embeddings().weight.shape[0])
     tokenizer = Tokenizer.load(folder, known_ids) if folder else Tokenizer(None, known_ids)
-    if target.type == "cpu":
+    shard = None
+    if group is not None:
+        from pdbatch.engine.parallel.shard import Sharder
+
+        sharder = Sharder(group)
+        shard, text_config = sharder.shard(network), sharder.config(text_config)
+    network = network.to(target)
+    if target.type == "cpu" and shard is None:
         packing.pack(network, kind)
     return LoadedModel(
         model=network,
@@ -79,6 +99,7 @@ def load(model: str, home: str, device: str = "auto", dtype: str = "auto") -> Lo
         eos_token_ids=_eos(network, text_config, tokenizer),
         name=model_name(model),
         vocab_size=vocab_size,
+        shard=shard,
     )
 
 

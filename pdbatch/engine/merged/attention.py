@@ -74,6 +74,11 @@ class MergedAttention(torch.nn.Module):
         merged: torch.Tensor = out_THD.reshape(1, out_THD.shape[0], -1)
         return merged
 
+    @property
+    def facts(self) -> AttentionFacts:
+        """What it was made from."""
+        return self._facts
+
     def _split(self, qkv_1TX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys, values, normed where the model norms, [1, heads, T, D]."""
         facts, size = self._facts, self._facts.head_dim
@@ -88,7 +93,7 @@ class MergedAttention(torch.nn.Module):
 
     @property
     def _norms_heads(self) -> bool:
-        return self.q_norm is not None and self.q_norm.weight.shape[0] == self._facts.head_dim
+        return type(self.q_norm) is Norm and self.q_norm.weight.shape[0] == self._facts.head_dim
 
     def _kernel_turning(self) -> Any:
         """The kernel's description, or None where it cannot serve."""

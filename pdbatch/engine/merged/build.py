@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ _AFTER = {"Olmo2DecoderLayer"}
 _MLPS = {f"{family}MLP" for family in [*_FAMILIES, "Gemma2", "Gemma3", "Olmo2"]}
 
 
-def merge(model: Any) -> int:
+def merge(model: Any, each: Callable[[MergedLayer], None] | None = None) -> int:
     """Replace the layers of a causal language model in place; how many were.
 
     Each old layer's weights are freed as the new one's are made. The model must use the paged
-    attention (`hook`), be in eval mode, and run forward only.
+    attention (`hook`), be in eval mode, and run forward only. `each` is called with every new layer
+    before the next is made (a rank then keeps its part of it alone).
     """
     layers = getattr(model.base_model, "layers", None)
     if layers is None or not any(type(layer).__name__ in _known() for layer in layers):
@@ -49,6 +51,8 @@ def merge(model: Any) -> int:
             if made is not None:
                 layers[index] = made
                 count += 1
+                if each is not None:
+                    each(made)
     final = _norm(getattr(model.base_model, "norm", None), styles)
     if count and final is not None:
         model.base_model.norm = final
