@@ -15,9 +15,7 @@ from pdbatch.engine.parallel.group import Group
 class SummedLinear(torch.nn.Module):
     """A product whose input is shared among the ranks; the bias is added once."""
 
-    def __init__(
-        self, group: Group, weight_CP: torch.Tensor, bias_C: torch.Tensor | None
-    ) -> None:
+    def __init__(self, group: Group, weight_CP: torch.Tensor, bias_C: torch.Tensor | None) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(weight_CP, requires_grad=False)
         self.bias = None

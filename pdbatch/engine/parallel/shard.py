@@ -195,7 +195,9 @@ def check_heads(config: Any, size: int) -> None:
     queries = int(config.num_attention_heads)
     keys = int(getattr(config, "num_key_value_heads", None) or queries)
     if queries % size or (keys % size and size % keys):
-        fitting = [n for n in range(1, queries + 1) if not queries % n and not (keys % n and n % keys)]
+        fitting = [
+            n for n in range(1, queries + 1) if not queries % n and not (keys % n and n % keys)
+        ]
         raise ConfigError(
             f"{size} ranks cannot share {queries} query heads and {keys} KV heads",
             remedy=f"use --tensor-parallel-size {', '.join(map(str, fitting))}",
