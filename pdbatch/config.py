@@ -78,8 +78,9 @@ class Settings:
     """The feeder fills a queue again when it holds fewer messages than this …"""
     queue_high: int = 64
     """… up to this many."""
-    worker_shards: int = 8
-    """Shards that a worker works on at once."""
+    worker_shards: int | None = None
+    """Shards that a worker works on at once; empty: so many that twice the sequences that can run
+    are here, at least 8."""
     heartbeat_s: float = 2.0
     """Seconds between two signs of life of a worker."""
     worker_ttl_s: float = 8.0

@@ -22,7 +22,7 @@ from celery.app.task import Task
 from celery.worker.request import Request
 
 from pdbatch.config import Settings
-from pdbatch.local.processes import POOL, with_broker, worker_name, worker_queues
+from pdbatch.local.processes import LEAST_SHARDS, POOL, with_broker, worker_name, worker_queues
 from pdbatch.queues import GENERATE_QUEUE, GENERATE_TASK
 from tasks.leases import VISIBILITY_S, owed
 
@@ -82,7 +82,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "task_routes": {GENERATE_TASK: {"queue": GENERATE_QUEUE}},
         "task_queues": {name: {"exchange": name, "routing_key": name} for name in queues},
         "worker_pool": POOL,
-        "worker_concurrency": settings.worker_shards,
+        "worker_concurrency": settings.worker_shards or LEAST_SHARDS,
         "worker_prefetch_multiplier": 1,
         "worker_enable_prefetch_count_reduction": False,  # counts acks that go through Celery
         "worker_send_task_events": True,

@@ -7,6 +7,9 @@ shards of ordinary priority only, and a channel each takes
 
     pdbatch.generate        up to `GENERATES`: they wait for rows and cost nothing meanwhile
     pdbatch.<model>.high    as many shards as the worker has places, beside those
+
+How many places a worker has follows from how many sequences its engine runs at once, unless it was
+told a number: then that was Celery's concurrency from the start.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 from celery import bootsteps
 from kombu import common
 
+from pdbatch.local.processes import LEAST_SHARDS
 from pdbatch.queues import GENERATE_QUEUE, PRIORITY_NAMES
 
 GENERATES = 256
@@ -34,6 +38,7 @@ class Lanes(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, consumer: Any) -> None:
         """Take the urgent queues out of the common consumer and listen to each on its own."""
+        _give_places(consumer)
         on_message = consumer.create_task_handler()
         for name, places in _urgent(consumer):
             queue = consumer.app.amqp.queues[name]
@@ -63,6 +68,15 @@ class Lanes(bootsteps.StartStopStep):  # type: ignore[misc]
         for lane in self._lanes:
             _ignore_errors(consumer, lane.channel.close)
         self._lanes.clear()
+
+
+def _give_places(consumer: Any) -> None:
+    """As many places as the engine needs, where Celery was told none."""
+    if consumer.initial_prefetch_count != LEAST_SHARDS:
+        return
+    consumer.initial_prefetch_count = consumer.pool.num_shards
+    consumer.qos.value = consumer.initial_prefetch_count
+    consumer.qos.update()
 
 
 def _urgent(consumer: Any) -> list[tuple[str, int]]:

@@ -32,6 +32,7 @@ from tasks import handover
 from tasks.answers import Answers
 from tasks.app import settings
 from tasks.worker.core import WorkerCore
+from tasks.worker.engine_config import shards_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +223,12 @@ class EnginePool(BasePool):  # type: ignore[misc]
             logger.exception("shard %d of %s could not be cancelled", shard, job)
 
     # --- seen from outside
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that it works on at once; known when the engine is ready."""
+        assert self.core is not None, "asked after the start"
+        return shards_at_once(self._settings, self.core.info.device)
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()

@@ -17,6 +17,8 @@ from pdbatch.local.redis import server_argv
 from pdbatch.queues import GENERATE_QUEUE, canonical_model, queue_names
 
 POOL = "tasks.pool:EnginePool"
+LEAST_SHARDS = 8
+"""Shards that a worker works on at once, where nothing is set; more once its engine is known."""
 
 
 def child_env(settings: Settings, env: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -60,7 +62,7 @@ def worker_argv(settings: Settings) -> tuple[str, ...]:
         ("--pool", "custom"),
         ("--queues", ",".join(worker_queues(settings.role, settings.model, name))),
         ("--hostname", f"{name}@%h"),
-        ("--concurrency", str(settings.worker_shards)),
+        ("--concurrency", str(settings.worker_shards or LEAST_SHARDS)),
         ("--loglevel", settings.log_level),
     )
     celery = (sys.executable, "-m", "celery", "-A", "tasks", "worker", "--task-events")
