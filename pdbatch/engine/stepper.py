@@ -83,9 +83,9 @@ class Stepper:
             sequence.num_scheduled_tokens = 0
             sequence.num_flights += 1
         for row, owner in enumerate(owners):
-            owner.waits = not self._may_go_on(owner)
             owner.pending_row = row
             owner.sampling.num_pending_tokens += 1
+            owner.waits = self._must_wait(owner)
         self.flights.append(Flight(sequences, counts, owners, choice, start_s, self._mark()))
 
     def retire(self) -> list[tuple[Sequence, SampledToken]]:
@@ -149,20 +149,20 @@ class Stepper:
         rows: list[int] = []
         for row, at in enumerate(wanted):
             sequence = sequences[at]
-            outputs = [sequence] if _has_first(sequence) else sequence.request.sequences
-            owners += outputs
-            rows += [row] * len(outputs)
+            outputs = sequence.request.sequences
+            if len(outputs) == 1 or sequence.num_tokens > sequence.num_prompt_tokens:
+                owners.append(sequence)
+                rows.append(row)
+            else:
+                owners += outputs
+                rows += [row] * len(outputs)
         return owners, rows if len(owners) != len(wanted) else None
 
-    def _may_go_on(self, owner: Sequence) -> bool:
-        """Whether the step after this one may run the token that this one chooses."""
-        request, sampling = owner.request, owner.sampling
-        if sampling.position + 1 >= request.max_tokens:
-            return False
-        if sampling.position == 0 and (self._hands_off or request.params.n > 1):
-            return False
-        return not owner.reads_outputs
-
-
-def _has_first(sequence: Sequence) -> bool:
-    return sequence.sampling.position > 0
+    def _must_wait(self, owner: Sequence) -> bool:
+        """Whether the pending token must be known before a step may run it: it may be the last
+        for its length, its request may fork or leave with it, or the next choice may need it."""
+        request = owner.request
+        position = owner.num_tokens - owner.num_prompt_tokens
+        if position >= request.max_tokens or owner.reads_outputs:
+            return True
+        return position == 1 and (self._hands_off or request.params.n > 1)

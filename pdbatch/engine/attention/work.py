@@ -82,9 +82,12 @@ def find_families(
     if len(lens) < 2 or int(lens.max()) < _SHARED_KEYS:
         return None
     order = np.argsort(tables_RM[:, 0], kind="stable").astype(np.int32)
-    changes = np.flatnonzero(np.diff(tables_RM[order, 0])) + 1
+    firsts = tables_RM[order, 0]
+    bounds = np.flatnonzero(np.diff(firsts, prepend=-1, append=-1))
+    several = np.flatnonzero(np.diff(bounds) > 1)
     found: list[tuple[int, Ints, int]] = []
-    for alike in np.split(order, changes):
+    for at in several.tolist():
+        alike = order[bounds[at] : bounds[at + 1]]
         for _attempt in range(_ATTEMPTS):
             if len(alike) < 2:
                 break
