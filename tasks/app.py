@@ -25,8 +25,11 @@ from pdbatch.config import Settings
 from pdbatch.local.processes import LEAST_SHARDS, POOL, with_broker, worker_name, worker_queues
 from pdbatch.queues import GENERATE_QUEUE, GENERATE_TASK
 from tasks.leases import VISIBILITY_S, owed
+from tasks.redis_channels import adapt_redis_channels
 
 logger = logging.getLogger(__name__)
+
+_STEPS = {"tasks.events:Events", "tasks.lanes:Lanes", "tasks.leases:Leases"}
 
 
 @cache
@@ -44,13 +47,13 @@ def build_app(given: Settings | None = None) -> Celery:
         set_as_current=given is None,
     )
     celery_app.add_defaults(lambda: configuration(with_broker(given) if given else settings()))
-    celery_app.steps["consumer"] |= {"tasks.lanes:Lanes", "tasks.leases:Leases"}
+    celery_app.steps["consumer"] |= _STEPS
     return celery_app
 
 
 def configuration(settings: Settings) -> dict[str, Any]:
     """Celery's configuration for settings that name a broker."""
-    _keep_messages_of_closed_channels()
+    adapt_redis_channels()
     broker = celery_url(settings.broker_url or "")
     backend = celery_url(settings.result_backend) if settings.result_backend else broker
     queues = worker_queues(settings.role, settings.model, worker_name(settings))
@@ -96,14 +99,6 @@ def celery_url(url: str) -> str:
         path = url.removeprefix("unix://").replace("?db=", "?virtual_host=")
         return f"redis+socket://{path.replace('&db=', '&virtual_host=')}"
     return url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
-
-
-def _keep_messages_of_closed_channels() -> None:
-    """A channel that closes after Redis went away would write its messages back through the
-    connection that is gone, and end the worker with an AttributeError."""
-    from kombu.transport.redis import Channel
-
-    Channel.do_restore = False
 
 
 class SteadyRequest(Request):  # type: ignore[misc]

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import Celery
+from kombu.asynchronous.timer import Timer
 from kombu.transport.redis import Channel
 from redis import Redis
 from redis_server import RedisServer
@@ -19,6 +21,7 @@ from redis_server import RedisServer
 from pdbatch.config import Settings
 from pdbatch.queues import GENERATE_QUEUE, queue_names
 from tasks.app import SteadyRequest, build_app, celery_url, configuration
+from tasks.events import Events
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,54 @@ def test_a_worker_listens_to_its_model_in_order_of_priority(app: Celery) -> None
         assert channel.priority_steps == [0]
         assert channel.unacked_mutex_expire == 30
         assert channel.do_restore is False
+
+
+def test_a_channel_has_one_client_for_each_pool(app: Celery) -> None:
+    with app.connection_for_read() as connection, connection.channel() as channel:
+        with channel.conn_or_acquire() as first, channel.conn_or_acquire() as second:
+            assert first is second
+        assert channel.client is not first  # that of the event loop is another
+        channel._disconnect_pools()
+        with channel.conn_or_acquire() as later:
+            assert later is not first
+            assert later.connection_pool is channel.pool
+            assert later.ping()
+
+
+class _Consumer:
+    """What `tasks.events` needs of a consumer."""
+
+    def __init__(self) -> None:
+        self.published: list[list[str]] = []
+        self.waiting: list[str] = []
+        self.timer = Timer()
+        self.event_dispatcher: Any = SimpleNamespace(
+            buffer_limit=24, on_send_buffered=self._flush, flush=self._flush
+        )
+        self.on_send_event_buffered = self._flush
+
+    def send(self, event: str) -> None:
+        self.waiting.append(event)
+        self.event_dispatcher.on_send_buffered()
+
+    def _flush(self) -> None:
+        self.published.append(self.waiting)
+        self.waiting = []
+
+
+def test_events_wait_for_others() -> None:
+    consumer = _Consumer()
+    step = Events(consumer)
+    step.start(consumer)
+    consumer.send("received")
+    consumer.send("started")
+    assert consumer.published == []
+    assert len(consumer.timer.queue) == 1
+    consumer.timer.apply_entry(consumer.timer.queue[0].entry)  # its time has come
+    assert consumer.published == [["received", "started"]]
+    consumer.send("succeeded")
+    step.stop(consumer)
+    assert consumer.published == [["received", "started"], ["succeeded"]]
 
 
 def test_a_result_backend_of_its_own(settings: Settings) -> None:
