@@ -11,12 +11,14 @@ sized, then make one `GpuRunner`. Nothing here waits for the device.
 from __future__ import annotations
 
 import copy
+import logging
+import time
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from pdbatch.engine import merged
+from pdbatch.engine import merged, rehearsal
 from pdbatch.engine.attention import decodes, prepare
 from pdbatch.engine.attention.equal import EqualPrompts, serves
 from pdbatch.engine.attention.hook import KEYWORD
@@ -26,6 +28,8 @@ from pdbatch.engine.graphs import DecodeGraphs
 from pdbatch.engine.kvcache import PagedKVCache
 from pdbatch.engine.loader import LoadedModel
 from pdbatch.engine.model_input import ModelInput
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_model(loaded: LoadedModel) -> None:
@@ -45,7 +49,9 @@ class GpuRunner:
         max_num_seqs: int,
         max_model_len: int,
         cuda_graphs: bool = True,
+        decodes_here: bool = True,
     ) -> None:
+        """Without `decodes_here` no graphs are captured before they are needed."""
         self.loaded = loaded
         self.cache = cache
         device = loaded.device
@@ -61,6 +67,7 @@ class GpuRunner:
             windowed=getattr(config, "sliding_window", None) is not None,
             equal=EqualPrompts() if serves(device, cache.shape.head_dim, loaded.dtype) else None,
         )
+        self._max_model_len, self._decodes_here = max_model_len, decodes_here
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs:
             most_blocks = -(-max_model_len // cache.shape.block_size)
@@ -97,16 +104,20 @@ class GpuRunner:
         return torch.tensor(last, pin_memory=True).to(self.loaded.device, non_blocking=True)
 
     def warmup(self) -> None:
-        """Run a prefill and decodes over block 0, so that kernels are compiled.
-
-        Call before any block is used: block 0's content is overwritten.
-        """
-        count = min(self.cache.shape.block_size - 1, 8)
-        if count < 1:
-            return
-        self.execute(_warm([range(count)]))
-        self.execute(_warm([range(count, count + 1)]))
+        """Run every kind of step once and capture graphs, so that the first requests find all
+        compiled. Call before any block is used."""
+        start_s = time.perf_counter()
+        for batch in rehearsal.mixed(self._sizes, self._max_model_len):
+            self.execute(batch)
+        if self._graphs is not None and self._decodes_here:
+            with torch.cuda.device(self.loaded.device), torch.inference_mode():
+                self._graphs.rehearse(self._max_model_len)
         torch.cuda.synchronize(self.loaded.device)
+        logger.info(
+            "%d graphs of decodes; every step was rehearsed in %.1f s",
+            self._graphs.count if self._graphs is not None else 0,
+            time.perf_counter() - start_s,
+        )
 
     def _run(self, step: prepare.Step, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The body; [T, C], or those rows alone if the last layer picks them."""
@@ -144,19 +155,3 @@ class _Given(torch.nn.Module):
     def forward(self, **_inputs: Any) -> MoeModelOutputWithPast:
         hidden_1TC: Any = self.hidden_1TC  # transformers' versions differ in the type they name
         return MoeModelOutputWithPast(last_hidden_state=hidden_1TC)
-
-
-def _warm(positions: list[range]) -> ModelInput:
-    """One sequence in block 0 at these positions."""
-    where = torch.cat([torch.arange(part.start, part.stop) for part in positions])
-    single = len(where) == 1
-    return ModelInput(
-        input_ids_T=torch.zeros_like(where),
-        positions_T=where,
-        slot_mapping_T=where,
-        cu_seqlens_q=[0, len(where)],
-        context_lens=[positions[-1].stop],
-        block_tables_SM=torch.zeros(1, 1, dtype=torch.int32),
-        logits_indices=[0],
-        num_decodes=int(single),
-    )

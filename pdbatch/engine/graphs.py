@@ -1,9 +1,10 @@
 """CUDA graphs of decode steps, for a ladder of batch sizes.
 
-A graph is captured when a batch of its size and kind first comes: that step runs operation by
-operation, which also compiles what it needs, and is then captured for those that follow. A batch
-between two rungs is padded to the upper one: padded rows write nowhere and have no keys. All
-graphs share one pool of memory, since no two run at a time.
+Graphs are captured before the first request (`rehearse`), the largest first: the others share its
+memory, since no two run at a time. One that was not is captured when a batch of its size and
+kind first comes: that step runs operation by operation, which also compiles what it needs, and is
+then captured for those that follow. A batch between two rungs is padded to the upper one: padded
+rows write nowhere and have no keys.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pdbatch.engine import rehearsal
 from pdbatch.engine.attention import decodes, prepare
 from pdbatch.engine.model_input import ModelInput
 
@@ -71,6 +73,12 @@ class DecodeGraphs:
         graph.replay()
         return self._hidden_RC
 
+    def rehearse(self, most_keys: int) -> None:
+        """Capture every rung, for sequences of up to `most_keys` tokens."""
+        for rows in reversed(self._ladder):
+            for batch in rehearsal.decoding(rows, self._sizes, most_keys):
+                self.run(batch)
+
     def _capture(
         self, step: prepare.Step, rows: int, kind: decodes.Kind, hidden_RC: torch.Tensor
     ) -> None:
@@ -83,10 +91,12 @@ class DecodeGraphs:
             torch.cuda.synchronize()
             # A stream of ours: torch's own for captures stays on the device that came first.
             # Pulls go on in their threads: what they ask of CUDA is no matter of this capture.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                self._hidden_RC[:rows].copy_(self._run(step))
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    self._hidden_RC[:rows].copy_(self._run(step))
+                finally:
+                    graph.capture_end()
         except RuntimeError as error:
             self._broken = True
             reason = str(error).splitlines()[0]

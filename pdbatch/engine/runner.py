@@ -61,6 +61,7 @@ def make_runner(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         cuda_graphs=config.cuda_graphs,
+        decodes_here=config.role != "prefill",
     )
 
 

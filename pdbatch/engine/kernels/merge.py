@@ -34,7 +34,7 @@ def _join(part_out, part_lse, part, best_R, sum_R, out_RD, real_RD, g_R, d_D, D:
     return new_R, sum_R, out_RD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge(
     part_out,
     part_lse,
@@ -43,19 +43,20 @@ def _merge(
     out_ptr,
     out_token,
     out_head,
+    splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     row = tl.program_id(0)
     head = tl.program_id(1)
     first = tl.load(row_parts + row)
     last = tl.load(row_parts + row + 1)
     shared = -1
-    if SPLITS > 0:
+    if SHARED:
         shared = tl.load(shared_at + row)
     if last == first:
         return
@@ -70,9 +71,9 @@ def _merge(
         best_R, sum_R, out_RD = _join(
             part_out, part_lse, part, best_R, sum_R, out_RD, real_R, g_R, d_D, D
         )
-    if SPLITS > 0:  # noqa: SIM102  (one is known when the kernel is compiled)
+    if SHARED:  # noqa: SIM102  (one is known when the kernel is compiled)
         if shared >= 0:
-            for split in range(SPLITS):
+            for split in range(0, splits):
                 part = ((shared + split) * HEADS + head) * GROUP
                 best_R, sum_R, out_RD = _join(
                     part_out, part_lse, part, best_R, sum_R, out_RD, real_R, g_R, d_D, D
@@ -106,11 +107,12 @@ def merge(
         out_THD,
         out_THD.stride(0),
         out_THD.stride(1),
+        splits,
         HEADS=num_kv_heads,
         GROUP=group,
         ROWS=power_of_two(group),
         D=size,
         WIDTH=power_of_two(size, 16),
-        SPLITS=splits,
+        SHARED=splits > 0,
         num_warps=2,
     )

@@ -31,7 +31,7 @@ def _weighted(x_TD, rms_T, weight_D, kind: tl.constexpr, SHIFTED: tl.constexpr):
         return (rounded_TD * weight_D.to(tl.float32)[None, :]).to(kind).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _rotary(
     qkv_ptr,
     cos_ptr,

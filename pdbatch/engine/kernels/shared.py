@@ -3,7 +3,7 @@
 Decodes whose block tables begin alike form a family. A tile holds as many of its members as
 fit into the rows of one product; `(table, keys)` of a tile are where the shared blocks stand
 and how many keys they hold, all of them full and seen by every member. The keys are cut into
-`SPLITS` pieces, so that a few tiles fill the device. What each member gets is a partial result,
+`splits` pieces, so that a few tiles fill the device. What each member gets is a partial result,
 joined with that of its own keys by `merge`.
 """
 
@@ -26,7 +26,7 @@ from pdbatch.engine.kernels.scores import (
 from pdbatch.engine.kvcache import PagedKVCache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_part", "splits"])  # they change from step to step
 def _shared(
     q_ptr,
     pool_ptr,
@@ -41,6 +41,7 @@ def _shared(
     k_offset,
     v_offset,
     first_part,
+    splits,
     scale,
     softcap,
     HEADS: tl.constexpr,
@@ -51,7 +52,6 @@ def _shared(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -76,7 +76,7 @@ def _shared(
         mask=real_RD,
         other=0.0,
     )
-    each = tl.cdiv(tl.cdiv(keys, SPLITS), TILE) * TILE
+    each = tl.cdiv(tl.cdiv(keys, splits), TILE) * TILE
     start = split * each
     end = tl.minimum(start + each, keys)
     best_R = tl.full([ROWS], float("-inf"), tl.float32)
@@ -95,7 +95,7 @@ def _shared(
         scores_RN = tl.where(seen_N[None, :], scores_RN, float("-inf"))
         best_R, sum_R, out_RD = absorb(scores_RN, v_ND, best_R, sum_R, out_RD, PRECISION)
     out_RD = out_RD / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
-    part_R = ((first_part + place_R * SPLITS + split) * HEADS + head) * GROUP + g_R
+    part_R = ((first_part + place_R * splits + split) * HEADS + head) * GROUP + g_R
     tl.store(part_out + part_R[:, None] * D + d_D[None, :], out_RD, mask=real_RD)
     lse_R = tl.where(sum_R > 0, best_R + tl.log2(sum_R), float("-inf"))
     tl.store(part_lse + part_R, lse_R, mask=real_R)
@@ -148,6 +148,7 @@ def shared(
         layer_at,
         layer_at + shape.num_kv_heads * page,
         first_part,
+        splits,
         scaling,
         softcap or 1.0,
         HEADS=shape.num_kv_heads,
@@ -158,7 +159,6 @@ def shared(
         WIDTH=power_of_two(shape.head_dim, 16),
         BLOCK=shape.block_size,
         TILE=tile or keys_of_tile(shape),
-        SPLITS=splits,
         CAPPED=softcap is not None,
         PRECISION=precision(q_THD.dtype),
         num_warps=num_warps,

@@ -16,7 +16,7 @@ from pdbatch.engine.kernels.scores import power_of_two
 from pdbatch.engine.kvcache import PagedKVCache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _write(
     k_ptr,
     v_ptr,
