@@ -49,7 +49,7 @@ class Feeder:
         self._queues: dict[tuple[str, int], _Queue] = {}
         self._hungry: list[QueueDepth] = []
 
-    def survey(self) -> bool:
+    def survey(self, *, may_shrink: bool = True) -> bool:
         """Look at every queue with shards that wait, and fill those that need it. True: call
         `refill` soon. Raises StoreError, and what Redis raises."""
         pending = self._store.shards.pending_queues()
@@ -58,7 +58,7 @@ class Feeder:
         for model, priority, num_shards in pending:
             queue = self._queues.setdefault((model, priority), _Queue(min(LEAST_DEPTH, self._high)))
             queue.num_pending = num_shards
-        return self._fill(pending, may_shrink=True)
+        return self._fill(pending, may_shrink=may_shrink)
 
     def refill(self) -> bool:
         """Look again at the queues that were found empty. As `survey`."""

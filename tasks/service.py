@@ -1,8 +1,8 @@
 """The process of feeder and reconciler: `python -m tasks reconciler`.
 
 1. The store is opened (the embedded one made or upgraded); nothing else is needed to start.
-2. Every `reconcile_every_s`: bury the dead, publish what was lost, fill the queues. Queues that
-   were found empty are looked at again within `HURRY_S`.
+2. Every `reconcile_every_s`: bury the dead, publish what was lost, fill the queues. For new jobs
+   it looks every `LOOK_EVERY_S`; queues that were found empty are looked at within `HURRY_S`.
 3. Where the database or Redis is away, that is said once, and tried again until it is back.
 4. SIGTERM or SIGINT ends the round; what is under way is finished first.
 
@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 from celery import Celery
@@ -33,6 +34,7 @@ from tasks.reconciler import Reconciler
 logger = logging.getLogger(__name__)
 
 HURRY_S = 0.05
+LOOK_EVERY_S = 0.1
 STORE_RETRY_S = 5.0
 AWAY = (PdbatchError, RedisError, KombuError, OSError)
 """What the absence of the database or of Redis looks like."""
@@ -87,8 +89,10 @@ class Service:
             self._feed(self.feeder.survey)
         elif self._hungry:
             self._feed(self.feeder.refill)
+        else:
+            self._feed(partial(self.feeder.survey, may_shrink=False))
         left_s = max(0.0, self._next_round_s - time.monotonic())
-        return min(left_s, HURRY_S) if self._hungry else left_s
+        return min(left_s, HURRY_S if self._hungry else LOOK_EVERY_S)
 
     def _reconcile(self) -> None:
         self.reconciler.sweep()

@@ -15,7 +15,7 @@ import torch
 
 from pdbatch.engine.trace import Tracer
 
-FIRST_STEP, NUM_STEPS = 12, 24
+FIRST_STEP, NUM_STEPS = 4, 24
 """Where recording begins, and how long it is."""
 _GPU_PID = 10_000_000
 """Stands for a GPU where the format wants a process; above every process id."""
@@ -44,7 +44,7 @@ class KernelTracer:
         self._steps += 1
         if self._steps == FIRST_STEP:
             activity = torch.profiler.ProfilerActivity.CUDA
-            self._profiler = torch.profiler.profile(activities=[activity])
+            self._profiler = torch.profiler.profile(activities=[activity], acc_events=True)
             self._profiler.start()
         elif self._steps == FIRST_STEP + NUM_STEPS:
             self.finish()

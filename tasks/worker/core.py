@@ -84,6 +84,7 @@ class WorkerCore:
             self.die,
             group_size=self.settings.result_group_size,
             group_ms=self.settings.result_group_ms,
+            more_will_come=self._is_at_work,
         )
         self.life = Life(
             self.store,
@@ -218,6 +219,12 @@ class WorkerCore:
         text = f"Its KV could not be handed over {failures} times; last: {reason}."
         error = RequestError(code="batch_failed", message=text)
         self.writer.put([RequestOutput(key=key, error=error)])
+
+    def _is_at_work(self) -> bool:
+        """Whether some request is here that is not on its way into a row."""
+        if self.claims is not None:
+            return not self.room.is_empty
+        return self.shards.num_requests > self.writer.num_waiting
 
     # --- signs of life, ends
 

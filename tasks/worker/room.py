@@ -72,6 +72,11 @@ class Room:
             if handoff_id is not None:
                 self._sizes.pop(handoff_id, None)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no request is here or on its way."""
+        return not self._inside
+
     def inside(self) -> list[str]:
         """Requests from their claim to their end."""
         with self._lock:

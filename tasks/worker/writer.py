@@ -1,4 +1,5 @@
-"""Rows, written in groups: up to so many, or what came within so many milliseconds.
+"""Rows, written in groups: up to so many, or what came within so many milliseconds; sooner when
+nothing else is on its way, so that a job's end does not wait for rows that nobody computes.
 
 A database that is away is waited for; rows wait meanwhile, and `is_full` tells the claimers to
 stop. Rows of a job that was deleted are dropped. A row that cannot be encoded becomes an error row.
@@ -19,6 +20,8 @@ from tasks.worker.loop import Loop
 
 logger = logging.getLogger(__name__)
 
+QUIET_S = 0.02
+"""No row for so long, and none on its way: the group is written."""
 FULL_ROWS = 8192
 """So many rows waiting for the database mean: no new work."""
 
@@ -35,9 +38,11 @@ class ResultWriter:
         *,
         group_size: int,
         group_ms: int,
+        more_will_come: Callable[[], bool] = lambda: True,
     ) -> None:
         self._store, self._worker, self._on_written = store, worker, on_written
         self._group_size, self._group_s = group_size, group_ms / 1000
+        self._more_will_come = more_will_come
         self._queue: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
         self._group: list[tuple[str, ResultRow]] = []
         self._loop = Loop("writer", self._step, on_bug)
@@ -86,10 +91,12 @@ class ResultWriter:
             return
         deadline = time.monotonic() + self._group_s
         while len(self._group) < self._group_size:
+            left_s = max(0.0, deadline - time.monotonic())
             try:
-                left_s = deadline - time.monotonic()
-                output = self._queue.get(timeout=left_s) if left_s > 0 else self._queue.get_nowait()
+                output = self._queue.get(timeout=min(left_s, QUIET_S))
             except queue.Empty:
+                if left_s > QUIET_S and self._more_will_come():
+                    continue
                 return
             self._group.append(_row(output))
 
