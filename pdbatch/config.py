@@ -50,6 +50,8 @@ class Settings:
     lines name none."""
     device: str = "auto"
     """`auto` (the first GPU, else the CPU), `cpu`, `cuda:0`, …"""
+    tensor_parallel_size: int = 1
+    """Devices that share a worker's model, from its `device` on or those with commas there."""
     dtype: str = "auto"
     """`auto` (float32 on the CPU, the model's own on a GPU), `float32`, `bfloat16`, `float16`."""
     role: Role = "mixed"

@@ -23,6 +23,7 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
         "help": "What the worker does (mixed: both).",
     },
     "device": {"metavar": "D", "help": "auto, cpu, cuda:0, … (run: several, with commas)."},
+    "tensor_parallel_size": {"metavar": "N", "help": "Devices that share a worker's model (1)."},
     "dtype": {"metavar": "T", "help": "auto, float32, bfloat16, float16."},
     "kv_transport": {
         "metavar": "NAMES",

@@ -42,7 +42,15 @@ _LOOK_EVERY_S = 0.25
     help="Decode workers to start (1); 0: the others do both.",
 )
 @json_option
-@settings_options("device", "dtype", "broker_url", "kv_transport", "kv_checksum", "shard_size")
+@settings_options(
+    "device",
+    "tensor_parallel_size",
+    "dtype",
+    "broker_url",
+    "kv_transport",
+    "kv_checksum",
+    "shard_size",
+)
 @click.option("--model", metavar="M", help="Serves the whole job; else each line's own model.")
 def run(
     input: str,
@@ -139,7 +147,10 @@ def _work_alone(
     view = job.status()
     if view.state in TERMINAL_JOB_STATES:  # every line was wrong
         return view, 0.0
-    plans = plan_workers(job.models, plan.prefill, plan.decode, client.settings.device)
+    settings = client.settings
+    plans = plan_workers(
+        job.models, plan.prefill, plan.decode, settings.device, settings.tensor_parallel_size
+    )
     note_other_jobs(client, job.id)
     progress.say(f"starting {len(plans)} workers; logs in {client.settings.logs}")
     started_at, start_s = time.monotonic(), 0.0

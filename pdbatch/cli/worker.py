@@ -16,9 +16,18 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--name", metavar="NAME", help="Unique in the cluster (role and process id).")
 @click.option("--concurrency", type=click.IntRange(1), help="Shards worked on at once.")
-@settings_options("role", "model", "device", "dtype", "broker_url", "kv_transport", "kv_checksum")
+@settings_options(
+    "role",
+    "model",
+    "device",
+    "tensor_parallel_size",
+    "dtype",
+    "broker_url",
+    "kv_transport",
+    "kv_checksum",
+)
 def worker(name: str | None, concurrency: int | None, settings: Settings) -> None:
-    """Be one worker, on one device, until SIGTERM (which finishes what runs).
+    """Be one worker, on one device or several, until SIGTERM (which finishes what runs).
 
     The same as `celery -A tasks worker` with the environment that is set here.
     """

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s",
     )
     sock = socket.socket(fileno=parser.parse_args(argv).fd)
-    _end_with(sock)
+    end_with(sock)
     channel = engine_end(sock)
     try:
         config = channel.receive_as(EngineConfig)
@@ -140,7 +140,7 @@ def _shut_down(engine: EngineBase) -> None:
     engine.close()
 
 
-def _end_with(sock: socket.socket) -> None:
+def end_with(sock: socket.socket) -> None:
     """End this process when the peer's end closes, also during a load or a long step."""
 
     def watch() -> None:

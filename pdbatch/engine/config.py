@@ -21,7 +21,10 @@ class EngineConfig:
     role: Role = "mixed"
     """prefill hands sequences off after their first token; decode adopts them; mixed does both."""
     device: str = "auto"
-    """`auto` (the first GPU, else the CPU), `cpu`, `cuda:0`, …"""
+    """`auto` (the first GPU, else the CPU), `cpu`, `cuda:0`, …; of several ranks, `cuda:0` means
+    the GPUs from 0 on, and `cuda:0,cuda:2` these."""
+    tensor_parallel_size: int = 1
+    """Ranks among which the model is shared, each a process with a device of its own."""
     dtype: str = "auto"
     """`auto` (float32 on the CPU, the model's own on a GPU), `float32`, `bfloat16`, `float16`."""
     block_size: int = 16
@@ -80,7 +83,13 @@ class EngineConfig:
         if not 0 < self.pinned_share <= 1:
             raise ConfigError("pinned_share must be above 0 and at most 1")
         counts = ("num_blocks", "kv_cache_bytes", "max_num_seqs")
-        more = ("max_num_batched_tokens", "max_model_len", "preempt_every_steps", "threads")
+        more = (
+            "tensor_parallel_size",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "preempt_every_steps",
+            "threads",
+        )
         for name in counts + more:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -58,6 +58,7 @@ from pdbatch.engine.messages import (
 from pdbatch.engine.outgoing import Outgoing
 from pdbatch.engine.ports import (
     PullRefused,
+    Ranks,
     Transfers,
 )
 from pdbatch.engine.scheduler import Scheduler
@@ -85,14 +86,17 @@ class Engine:
         keep_prompts: bool = False,
         run_ahead: bool = False,
         mark: Mark = over,
+        ranks: Ranks | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`transfers` may be None for a mixed engine; `keep_prompts` puts prompts into results;
         `run_ahead` launches a step before the tokens of the one before it are looked at; `mark`
-        marks the stream that the model side works on."""
+        marks the stream that the model side works on; `ranks` are processes that have parts of
+        the model."""
         self.info = info
         self._blocks = blocks
         self._transfers = transfers
+        self._ranks = ranks
         self._clock = clock
         self._preempt_every = preempt_every_steps
         self._run_ahead = run_ahead
@@ -241,6 +245,8 @@ class Engine:
         if self._dropped is not None and not self._life.open and not self._pulls:
             self._out.other.append(Drained(dropped=self._dropped))
             self._dropped = None
+        if self._ranks is not None:
+            self._ranks.check()
         return self._out.take()
 
     def settle(self) -> None:
@@ -323,7 +329,9 @@ class Engine:
                 raise InvariantError(f"{sequence!r} between two steps")
 
     def close(self) -> None:
-        """Stop serving peers; wait for pulls under way."""
+        """Stop serving peers; wait for pulls under way; end other ranks."""
+        if self._ranks is not None:
+            self._ranks.close()
         if self._transfers is not None:
             self._transfers.close()
 

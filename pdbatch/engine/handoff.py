@@ -78,6 +78,7 @@ from kvxfer import (
     Registry,
     RegistryUnavailable,
     Transport,
+    merge_parts,
     token_hash,
 )
 from pdbatch.engine import fences
@@ -98,6 +99,7 @@ __all__ = [
     "Region",
     "Registry",
     "RegistryUnavailable",
+    "joined_handoff",
     "make_region",
     "open_registry",
     "prompt_hash",
@@ -186,9 +188,16 @@ class KVTransfers:
         payload: HandoffPayload,
     ) -> Handoff:
         """Offer these blocks' KV to peers until `unpin`; every write to them must be over."""
+        described = self.describe(handoff_id, blocks, prompt, encode_payload(payload))
+        return joined_handoff(payload.key, described)
+
+    def describe(
+        self, handoff_id: str, blocks: Sequence[int], prompt: list[int], payload: bytes
+    ) -> KVDescriptor:
+        """`pin` on one of several ranks: its own part. When rank 0 has a step's tokens, that step's
+        writes are over on every rank: its last sums came after them."""
         assert self._producer is not None, "a decode engine pins nothing"
-        described = self._producer.pin(handoff_id, blocks, prompt, encode_payload(payload))
-        return Handoff(payload.key, handoff_id, described.to_json(), described.num_bytes)
+        return self._producer.pin(handoff_id, blocks, prompt, payload)
 
     def unpin(self, handoff_id: str) -> None:
         """Stop offering."""
@@ -283,6 +292,14 @@ class KVTransfers:
                 logger.exception("the pull of %s failed", incoming.handoff_id)
             return PullResult(incoming.handoff_id, code=type(error).__name__, message=str(error))
         return PullResult(incoming.handoff_id, stats.num_bytes, stats.seconds, stats.transport)
+
+
+def joined_handoff(key: str, own: KVDescriptor, others: Sequence[bytes] = ()) -> Handoff:
+    """A hand-off of what rank 0 and the others have pinned of one prompt."""
+    whole = own
+    if others:
+        whole = merge_parts([own, *(KVDescriptor.from_json(text) for text in others)])
+    return Handoff(key, whole.id, whole.to_json(), whole.num_bytes)
 
 
 def prompt_hash(token_ids: Sequence[int]) -> bytes:

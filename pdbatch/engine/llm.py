@@ -33,6 +33,7 @@ class LLM:
         *,
         home: str | Path | None = None,
         device: str = "auto",
+        tensor_parallel_size: int = 1,
         dtype: str = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -52,6 +53,7 @@ class LLM:
             model=model if isinstance(model, str) else model.name,
             home=str(home or os.environ.get("PDBATCH_HOME") or Path.home() / ".pdbatch"),
             device=device,
+            tensor_parallel_size=tensor_parallel_size,
             dtype=dtype,
             block_size=block_size,
             num_blocks=num_blocks,
@@ -101,6 +103,10 @@ class LLM:
             for key in keys:
                 self.engine.abort(key)
             raise
+
+    def close(self) -> None:
+        """End the processes of a model on several devices; otherwise nothing needs it."""
+        self.engine.close()
 
     def _run(
         self, keys: dict[str, int], progress: Callable[[int, int], None] | None

@@ -87,6 +87,8 @@ def load(
         sharder = Sharder(group)
         shard, text_config = sharder.shard(network), sharder.config(text_config)
     network = network.to(target)
+    if shard is not None and target.type == "cuda":
+        torch.cuda.empty_cache()  # what other ranks keep was made here too, or passed through
     if target.type == "cpu" and shard is None:
         packing.pack(network, kind)
     return LoadedModel(

@@ -123,6 +123,18 @@ class PullRefused(Exception):
         self.key = key
 
 
+class Ranks(Protocol):
+    """The other ranks of an engine whose model is shared among several."""
+
+    def check(self) -> None:
+        """Raises EngineDied if one has ended: what was computed since is of no use."""
+        ...
+
+    def close(self) -> None:
+        """End them."""
+        ...
+
+
 class Transfers(Protocol):
     """One engine's end of the hand-off.
 

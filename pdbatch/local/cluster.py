@@ -52,12 +52,13 @@ class WorkerPlan:
 
 
 def plan_workers(
-    models: Iterable[str], prefill: int, decode: int, devices: str = "auto"
+    models: Iterable[str], prefill: int, decode: int, devices: str = "auto", ranks: int = 1
 ) -> list[WorkerPlan]:
     """The workers for these models: `prefill` and `decode` of each for every model.
 
     Without decode workers, those of prefill do both (`mixed`). `devices` may name several, with
-    commas; the workers take them in turn. Raises ConfigError for a plan that can do no work.
+    commas; the workers take them in turn, `ranks` at a time. Raises ConfigError for a plan that can
+    do no work.
     """
     if prefill < 1 or decode < 0:
         raise ConfigError(
@@ -66,7 +67,7 @@ def plan_workers(
         )
     first: Role = "prefill" if decode else "mixed"
     roles: list[Role] = [first] * prefill + ["decode"] * decode
-    turn = cycle([device.strip() for device in devices.split(",")])
+    turn = cycle(_shares(devices, ranks))
     plans: list[WorkerPlan] = []
     for model_number, model in enumerate(sorted(models), start=1):
         for number, role in enumerate(roles):
@@ -76,6 +77,19 @@ def plan_workers(
             name = f"{log_name}-{os.getpid()}"
             plans.append(WorkerPlan(name, log_name, role, model, next(turn)))
     return plans
+
+
+def _shares(devices: str, ranks: int) -> list[str]:
+    """What each worker in turn has of several devices. Raises ConfigError."""
+    names = [device.strip() for device in devices.split(",")]
+    if len(names) == 1:
+        return names
+    if len(names) % ranks:
+        raise ConfigError(
+            f"{len(names)} devices cannot be shared out among workers that need {ranks} each",
+            remedy="Name as many for each worker, or the first one alone.",
+        )
+    return [",".join(names[at : at + ranks]) for at in range(0, len(names), ranks)]
 
 
 class LocalCluster:

@@ -19,6 +19,7 @@ def engine_config(settings: Settings, *, worker: str, host: str) -> EngineConfig
         home=str(settings.home),
         role=settings.role,
         device=settings.device,
+        tensor_parallel_size=settings.tensor_parallel_size,
         dtype=settings.dtype,
         block_size=settings.block_size,
         num_blocks=settings.num_gpu_blocks,

@@ -65,6 +65,14 @@ def test_plans() -> None:
     assert [p.role for p in plan_workers({"a"}, prefill=1, decode=0)] == ["mixed"]
     devices = [p.device for p in plan_workers({"a"}, 2, 1, devices="cuda:0, cuda:1")]
     assert devices == ["cuda:0", "cuda:1", "cuda:0"]
+    four = "cuda:0,cuda:1,cuda:2,cuda:3"
+    shared = [p.device for p in plan_workers({"a"}, 1, 1, devices=four, ranks=2)]
+    assert shared == ["cuda:0,cuda:1", "cuda:2,cuda:3"]
+    assert plan_workers({"a"}, 1, 0, devices="cuda:2", ranks=2)[0].device == "cuda:2"
+    with pytest.raises(
+        ConfigError, match="2 devices cannot be shared out among workers that need 3"
+    ):
+        plan_workers({"a"}, 1, 1, devices="cuda:0,cuda:1", ranks=3)
     with pytest.raises(ConfigError, match="can do no work"):
         plan_workers({"a"}, prefill=0, decode=3)
 

@@ -27,9 +27,10 @@ class Group:
         self.rank = rank
         self.size = size
         self.device = device
-        import torch.distributed as dist
-        from torch.distributed import distributed_c10d as c10d
+        import torch.distributed
 
+        dist: Any = torch.distributed
+        c10d: Any = dist.distributed_c10d
         limit = timedelta(seconds=limit_s)
         store = dist.FileStore(str(meeting), size)
         store.set_timeout(limit)
@@ -67,6 +68,11 @@ class Group:
         mine = torch.tensor([number], dtype=torch.int64, device=self.device)
         return int(self.gather(mine).min())
 
+    def close(self) -> None:
+        """The other ranks have gone: let nothing wait for them."""
+        if self.device.type != "cpu":
+            self.abort()
+
     def abort(self) -> None:
         """End what is under way, which then gives no result of use; from any thread."""
         self._group.abort()
@@ -86,7 +92,7 @@ def _nccl(dist: Any, store: Any, group: Group, limit: timedelta) -> Any:
     options._timeout = limit
     with torch.cuda.device(group.device):
         made = dist.ProcessGroupNCCL(store, group.rank, group.size, options)
-        made.eager_connect_single_device(group.device)
+        made.eager_connect_single_device(group.device)  # else the first sum would connect
     return made
 
 
