@@ -35,7 +35,7 @@ from pdbatch.engine.ipc import Channel, ChannelClosed, channel_pair
 from pdbatch.engine.parallel.devices import rank_devices
 from pdbatch.engine.parallel.group import LIMIT_S, Group
 from pdbatch.engine.parallel.messages import Answer, End, Failed, Pinned, PullEnded, Start, Up
-from pdbatch.errors import EngineDied, EngineError
+from pdbatch.errors import EngineDied, EngineError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,11 @@ class Team:
             raise EngineDied(self._reason())
 
     def ended_by(self, error: BaseException) -> BaseException:
-        """What to raise for an error of a step or a build: ranks that ended explain most."""
-        reason = self._reason() if self._failure or self._one_ended() else ""
+        """What to raise for an error of a step or a build: ranks that ended explain most, but for
+        a mistake of the user's, which all ranks find."""
+        reason = ""
+        if not isinstance(error, UsageError) and (self._failure or self._one_ended()):
+            reason = self._reason()
         self._failure = reason or self._failure or str(error)
         self.close(kill=True)
         return EngineDied(reason) if reason else error
