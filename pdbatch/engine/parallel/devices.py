@@ -24,7 +24,7 @@ def rank_devices(device: str, size: int, num_gpus: int) -> list[str]:
             f"device {device} names {len(names)} devices for {size} ranks",
             remedy=f"name one, or {size} with commas between them",
         )
-    gpus = [_index(name) for name in names if name.startswith("cuda")]
+    gpus = [_index(name) for name in names if name != "cpu"]
     if len(set(gpus)) < len(gpus) or (gpus and len(gpus) < size):
         raise ConfigError(f"device {device}: ranks on GPUs need one each")
     if gpus and max(gpus) >= num_gpus:
