@@ -24,6 +24,8 @@ from sqlalchemy import (
     literal_column,
 )
 
+from pdbatch.states import AttemptState, ShardState
+
 BUSY_TIMEOUT_S = 30
 _PAGE_BYTES = 8192  # three rows of 2.4 kB fill a page; with 4096 each would waste 40% of its own
 
@@ -37,6 +39,11 @@ _REQUEST_COLUMNS = "id, shard_id, line, num_retries, endpoint, custom_id, body"
 _RESULT_COLUMNS = (
     "id, status, prompt_tokens, cached_tokens, output_tokens, finish_reason, finished_at,"
     " written_by, body"
+)
+_ATTEMPT_COLUMNS = "shard_id, attempt, worker_id, state, started_at"
+_CLAIM = (
+    f"UPDATE shards SET state = '{ShardState.CLAIMED}', claimed_by = {{0}}, claim_token = {{0}}"
+    f" WHERE id = {{0}} AND attempt = {{0}} AND state = '{ShardState.QUEUED}' RETURNING model"
 )
 
 
@@ -61,6 +68,13 @@ class Dialect(Protocol):
 
     def insert_holds(self, conn: Connection, requests: Sequence[int], worker: str) -> None:
         """All of them; they must be free."""
+        ...
+
+    def claim_shard(
+        self, conn: Connection, shard: int, attempt: int, worker: str, token: str
+    ) -> str | None:
+        """QUEUED to CLAIMED, locked and its attempt noted as running; the shard's model, or None
+        where it is not QUEUED with this attempt."""
         ...
 
     def insert_results(self, conn: Connection, rows: Sequence[ResultTuple]) -> set[int]:
@@ -98,6 +112,17 @@ class Sqlite:
     def insert_holds(self, conn: Connection, requests: Sequence[int], worker: str) -> None:
         sql = "INSERT INTO holds (id, worker_id, taken_at) SELECT value, ?, ? FROM json_each(?)"
         conn.exec_driver_sql(sql, (worker, self.now(conn), json.dumps(requests)))
+
+    def claim_shard(
+        self, conn: Connection, shard: int, attempt: int, worker: str, token: str
+    ) -> str | None:
+        given = (worker, token, shard, attempt)
+        model = conn.exec_driver_sql(_CLAIM.format("?"), given).scalar_one_or_none()
+        if model is not None:
+            note = f"INSERT INTO attempts ({_ATTEMPT_COLUMNS}) VALUES (?, ?, ?, ?, ?)"
+            running = (shard, attempt, worker, str(AttemptState.RUNNING), self.now(conn))
+            conn.exec_driver_sql(note, running)
+        return None if model is None else str(model)
 
     def insert_results(self, conn: Connection, rows: Sequence[ResultTuple]) -> set[int]:
         # Nobody else writes between these two statements.
@@ -166,6 +191,20 @@ class Postgres:
             " extract(epoch FROM clock_timestamp())"
         )
         conn.exec_driver_sql(sql, (list(requests), worker))
+
+    def claim_shard(
+        self, conn: Connection, shard: int, attempt: int, worker: str, token: str
+    ) -> str | None:
+        sql = (
+            f"WITH claimed AS ({_CLAIM.format('%s')}), noted AS"
+            f" (INSERT INTO attempts ({_ATTEMPT_COLUMNS})"
+            " SELECT %s, %s, %s, %s, extract(epoch FROM clock_timestamp()) FROM claimed)"
+            " SELECT model FROM claimed"
+        )
+        running = (shard, attempt, worker, str(AttemptState.RUNNING))
+        given = (worker, token, shard, attempt, *running)
+        model = conn.exec_driver_sql(sql, given).scalar_one_or_none()
+        return None if model is None else str(model)
 
     def insert_results(self, conn: Connection, rows: Sequence[ResultTuple]) -> set[int]:
         # Nobody else writes rows of these shards: the caller holds their locks. (Were it not so,

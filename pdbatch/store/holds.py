@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, delete, literal, select, union_all
 
 from pdbatch.ids import JobId, RequestIndex, WorkerId
 from pdbatch.states import AttemptState, ShardState
@@ -17,8 +17,10 @@ from pdbatch.store.rows import Key
 
 DONE = "done"
 """Stands for the owner of a request that has its row."""
-_HOLDERS = select(HOLDS.c.id, HOLDS.c.worker_id).where(is_in(HOLDS.c.id, "ids"))
-_DONE = select(RESULTS.c.id).where(is_in(RESULTS.c.id, "ids"))
+_OWNERS = union_all(
+    select(HOLDS.c.id, HOLDS.c.worker_id).where(is_in(HOLDS.c.id, "ids")),
+    select(RESULTS.c.id, literal(DONE)).where(is_in(RESULTS.c.id, "ids")),
+)
 
 
 class Holds:
@@ -37,15 +39,15 @@ class Holds:
 
         def run(conn: Connection) -> set[Key]:
             wanted = self._by_id(conn, keys)
-            if not wanted or not locks.worker_lives(conn, worker):
+            shards = locks.shards_for(conn, worker, wanted) if wanted else {}
+            if not shards:
                 return set()
-            shards = locks.shards_of(conn, wanted)
             locks.lock_shards(conn, set(shards.values()))
-            done, holders = self._done_and_holders(conn, wanted)
-            free = [id_ for id_ in sorted(shards) if id_ not in done and id_ not in holders]
+            owners = _owners(conn, wanted)
+            free = [id_ for id_ in sorted(shards) if id_ not in owners]
             if free:
                 self._db.dialect.insert_holds(conn, free, worker)
-            mine = [id_ for id_, holder in holders.items() if holder == worker]
+            mine = [id_ for id_, owner in owners.items() if owner == worker]
             return {wanted[id_] for id_ in (*free, *mine)}
 
         return self._db.write(run)
@@ -83,9 +85,8 @@ class Holds:
 
         def run(conn: Connection) -> dict[Key, str | None]:
             wanted = self._by_id(conn, keys)
-            # Holders before rows: a hold that ends in a row between the two reads shows as done.
-            done, holders = self._done_and_holders(conn, wanted)
-            return {key: DONE if i in done else holders.get(i) for i, key in wanted.items()}
+            owners = _owners(conn, wanted)
+            return {key: owners.get(id_) for id_, key in wanted.items()}
 
         return self._db.read(run)
 
@@ -95,8 +96,8 @@ class Holds:
         numbers = {job: self._db.job_no(conn, job) for job in {job for job, _ in keys}}
         return {row_id(numbers[job], index): (job, RequestIndex(index)) for job, index in keys}
 
-    def _done_and_holders(
-        self, conn: Connection, ids: Collection[int]
-    ) -> tuple[set[int], dict[int, str]]:
-        holders = {row[0]: row[1] for row in conn.execute(_HOLDERS, {"ids": ids})}
-        return set(conn.execute(_DONE, {"ids": ids}).scalars()), holders
+
+def _owners(conn: Connection, ids: Collection[int]) -> dict[int, str]:
+    """DONE or the holder of each that has one; in one statement, so a hold that ends in a row
+    shows as the one or the other."""
+    return {row[0]: row[1] for row in conn.execute(_OWNERS, {"ids": ids})}

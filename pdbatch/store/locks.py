@@ -19,9 +19,9 @@ from sqlalchemy import ColumnElement, Connection, bindparam, select
 from sqlalchemy import exists as sql_exists
 
 from pdbatch.ids import WorkerId
-from pdbatch.states import ShardState
+from pdbatch.states import JobState, ShardState
 from pdbatch.store.idsets import is_in
-from pdbatch.store.models import HOLDS, REQUESTS, RESULTS, SHARDS, WORKERS
+from pdbatch.store.models import HOLDS, JOBS, REQUESTS, RESULTS, SHARDS, WORKERS
 
 
 class ShardRow(msgspec.Struct, frozen=True):
@@ -37,10 +37,11 @@ class ShardRow(msgspec.Struct, frozen=True):
     num_done: int
 
 
-_STATE_OF_WORKER = (
-    select(WORKERS.c.state)
-    .where(WORKERS.c.id == bindparam("worker"))
+_LIVING = (
+    select(WORKERS.c.id)
+    .where(WORKERS.c.id == bindparam("worker"), WORKERS.c.state == "live")
     .with_for_update(read=True, key_share=True)
+    .cte("living")
 )
 _SHARDS = (
     select(
@@ -58,12 +59,27 @@ _SHARDS = (
     .with_for_update(key_share=True)
 )
 _SHARDS_OF = select(REQUESTS.c.id, REQUESTS.c.shard_id).where(is_in(REQUESTS.c.id, "ids"))
+_SHARDS_FOR = _SHARDS_OF.where(select(_LIVING.c.id).exists())
+_PRIORITY_FOR = select(JOBS.c.priority).where(
+    JOBS.c.no == bindparam("no"),
+    JOBS.c.state == JobState.IN_PROGRESS,
+    JOBS.c.ending.is_(None),
+    select(_LIVING.c.id).exists(),
+)
 
 
-def worker_lives(conn: Connection, worker: WorkerId) -> bool:
-    """True when `worker` is live, and it stays so until this transaction ends."""
-    state = conn.execute(_STATE_OF_WORKER, {"worker": worker}).scalar_one_or_none()
-    return bool(state == "live")
+def priority_for(conn: Connection, worker: WorkerId, job_no: int) -> int | None:
+    """The job's priority, or None where the job is over or being ended, or `worker` is not live;
+    if it is, it stays so until this transaction ends."""
+    given = {"worker": worker, "no": job_no}
+    return conn.execute(_PRIORITY_FOR, given).scalar_one_or_none()
+
+
+def shards_for(conn: Connection, worker: WorkerId, requests: Collection[int]) -> dict[int, int]:
+    """As `shards_of`, but nothing where `worker` is not live; if it is, it stays so until this
+    transaction ends."""
+    found = conn.execute(_SHARDS_FOR, {"ids": requests, "worker": worker})
+    return {row[0]: row[1] for row in found}
 
 
 def lock_shards(conn: Connection, ids: Collection[int]) -> dict[int, ShardRow]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 
-from sqlalchemy import Connection, bindparam, insert, select, update
+from sqlalchemy import Connection, bindparam, select, update
 
 from pdbatch.ids import JobId, ShardIndex, WorkerId
 from pdbatch.states import AttemptState, JobState, ShardState, check_shard_move
@@ -13,7 +13,7 @@ from pdbatch.store.database import Database
 from pdbatch.store.jobs import ending_error
 from pdbatch.store.keys import request_index_of, row_id
 from pdbatch.store.locks import ShardRow
-from pdbatch.store.models import ATTEMPTS, JOBS, REQUESTS, SHARDS
+from pdbatch.store.models import REQUESTS, SHARDS
 from pdbatch.store.rows import ClaimedRequest, ClaimedShard, QueueDepth, ShardMessage
 
 
@@ -62,22 +62,18 @@ class Shards:
 
         def run(conn: Connection) -> ClaimedShard | None:
             no = self._db.job_no(conn, job)
-            if not locks.worker_lives(conn, worker):
+            priority = locks.priority_for(conn, worker, no)
+            if priority is None:
                 return None
-            priority = _priority_in_progress(conn, no)
-            found = self._find(conn, no, shard)
-            if priority is None or found is None or found.attempt != attempt:
+            id_ = row_id(no, shard)
+            model = self._note_claim(conn, id_, attempt, worker, token)
+            if model is None:
                 return None
-            if found.state is ShardState.QUEUED:
-                self._note_claim(conn, found, worker, token)
-            elif found.state is not ShardState.CLAIMED or found.claim_token != token:
-                return None  # with the token: an earlier try was committed, its answer lost
-            requests = self._left_to_run(conn, found.id)
+            requests = self._left_to_run(conn, id_)
             if not requests:
-                self._hand_over(conn, found.id, ShardState.CLAIMED)
+                self._hand_over(conn, id_, attempt, worker)
                 return None
-            index = ShardIndex(shard)
-            return ClaimedShard(job, index, attempt, found.model, priority, requests)
+            return ClaimedShard(job, ShardIndex(shard), attempt, model, priority, requests)
 
         return self._db.write(run)
 
@@ -85,26 +81,28 @@ class Shards:
         id_ = row_id(job_no, shard)
         return locks.lock_shards(conn, [id_]).get(id_)
 
-    def _note_claim(self, conn: Connection, shard: ShardRow, worker: WorkerId, token: str) -> None:
-        check_shard_move(shard.state, ShardState.CLAIMED)
-        conn.execute(_CLAIM, {"shard": shard.id, "worker": worker, "token": token})
-        attempt = {
-            "shard_id": shard.id,
-            "attempt": shard.attempt,
-            "worker_id": worker,
-            "state": str(AttemptState.RUNNING),
-        }
-        query = insert(ATTEMPTS).values(started_at=self._db.dialect.clock())
-        conn.execute(query, attempt)
+    def _note_claim(
+        self, conn: Connection, shard: int, attempt: int, worker: WorkerId, token: str
+    ) -> str | None:
+        """QUEUED to CLAIMED; the shard's model, or None where the claim is refused."""
+        model = self._db.dialect.claim_shard(conn, shard, attempt, worker, token)
+        if model is not None:
+            return model
+        found = locks.lock_shards(conn, [shard]).get(shard)
+        if found is None or found.attempt != attempt or found.state is not ShardState.CLAIMED:
+            return None
+        # With our token: an earlier try was committed, and its answer lost.
+        return found.model if found.claim_token == token else None
 
     def _left_to_run(self, conn: Connection, shard_id: int) -> list[ClaimedRequest]:
         rows = conn.execute(_LEFT_TO_RUN, {"shard": shard_id}).all()
         return [ClaimedRequest(request_index_of(id_), body, tries) for id_, body, tries in rows]
 
-    def _hand_over(self, conn: Connection, shard_id: int, old: ShardState) -> None:
-        check_shard_move(old, ShardState.HANDED_OFF)
-        values = {"state": str(ShardState.HANDED_OFF), "claimed_by": None}
-        conn.execute(update(SHARDS).where(SHARDS.c.id == shard_id).values(values))
+    def _hand_over(self, conn: Connection, shard: int, attempt: int, worker: WorkerId) -> bool:
+        """CLAIMED to HANDED_OFF, and its lock; False where `worker` has not claimed it so."""
+        check_shard_move(ShardState.CLAIMED, ShardState.HANDED_OFF)
+        given = {"shard": shard, "tried": attempt, "worker": worker}
+        return conn.execute(_HAND_OVER, given).rowcount == 1
 
     def hand_off(self, worker: WorkerId, job: JobId, shard: ShardIndex | int, attempt: int) -> bool:
         """The claimer is through with the shard: each request has left it.
@@ -114,16 +112,19 @@ class Shards:
         is PENDING again for those. In every case the claimer owns nothing of it any more."""
 
         def run(conn: Connection) -> bool:
-            found = self._find(conn, self._db.job_no(conn, job), shard)
+            no = self._db.job_no(conn, job)
+            id_ = row_id(no, shard)
+            mine = self._hand_over(conn, id_, attempt, worker)
+            # Locked by now: what has an owner here has one when this is committed.
+            if mine and not locks.unheld_requests(conn, [id_]):
+                return True
+            found = self._find(conn, no, shard)
             if found is None or found.attempt != attempt:
                 return False
-            if found.state is not ShardState.CLAIMED or found.claimed_by != worker:
-                return found.state in (ShardState.HANDED_OFF, ShardState.DONE)
-            if locks.unheld_requests(conn, [found.id]):
+            if mine:
                 ledger.put_back(self._db, conn, [found], AttemptState.GIVEN_BACK)
                 return False
-            self._hand_over(conn, found.id, found.state)
-            return True
+            return found.state in (ShardState.HANDED_OFF, ShardState.DONE)
 
         return self._db.write(run)
 
@@ -168,22 +169,15 @@ class Shards:
         return self._db.write(run)
 
 
-def _priority_in_progress(conn: Connection, job_no: int) -> int | None:
-    """The job's priority, or None where the job is over or being ended."""
-    return conn.execute(_PRIORITY, {"no": job_no}).scalar_one_or_none()
-
-
-_PRIORITY = select(JOBS.c.priority).where(
-    JOBS.c.no == bindparam("no"), JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.ending.is_(None)
-)
-_CLAIM = (
+_HAND_OVER = (
     update(SHARDS)
-    .where(SHARDS.c.id == bindparam("shard"))
-    .values(
-        state=str(ShardState.CLAIMED),
-        claimed_by=bindparam("worker"),
-        claim_token=bindparam("token"),
+    .where(
+        SHARDS.c.id == bindparam("shard"),
+        SHARDS.c.attempt == bindparam("tried"),
+        SHARDS.c.claimed_by == bindparam("worker"),
+        SHARDS.c.state == ShardState.CLAIMED,
     )
+    .values(state=str(ShardState.HANDED_OFF), claimed_by=None)
 )
 _LEFT_TO_RUN = (
     select(REQUESTS.c.id, REQUESTS.c.body, REQUESTS.c.num_retries)

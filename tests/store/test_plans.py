@@ -15,8 +15,10 @@ HOT: dict[str, ClauseElement] = {
     "unheld requests": locks._UNHELD,
     "end holds": ledger._END_HOLDS,
     "count": ledger._ADD_COUNTERS,
-    "holders": holds._HOLDERS,
-    "rows": holds._DONE,
+    "owners": holds._OWNERS,
+    "shards for a live worker": locks._SHARDS_FOR,
+    "priority for a live worker": locks._PRIORITY_FOR,
+    "hand over": shards._HAND_OVER,
     "left to run": shards._LEFT_TO_RUN,
     "results in order": results._QUERY.where(results.RESULTS.c.id > 1).limit(9),
 }
