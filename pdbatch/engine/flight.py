@@ -38,6 +38,8 @@ class Flight:
     """Returns when all that it launched is over on the device."""
     tables: list[list[BlockId]] = field(default_factory=list)
     """Of sequences that have ended since."""
+    void: set[Sequence] = field(default_factory=set)
+    """Sequences that it ran with a wrong guess of the token before: theirs are nobody's."""
 
     @property
     def reads_outputs(self) -> bool:

@@ -32,6 +32,11 @@ class Choice(Protocol):
         """On the device, for `ModelInput.tokens_before`."""
         ...
 
+    @property
+    def corrected(self) -> Sequence[int]:
+        """Rows, known after `fetch`, whose token is not the one in `tokens`: a guess failed."""
+        ...
+
     def fetch(self) -> list[SampledToken]:
         """The tokens here; waits until they are chosen. Called once."""
         ...

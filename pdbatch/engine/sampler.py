@@ -14,6 +14,7 @@ so equal logits are kept or dropped together and the draw goes by token id.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,26 +25,58 @@ from pdbatch.engine.send import send
 
 _NUCLEUS = (256, 4096)
 """top_p looks among so many likeliest tokens; only where they fall short are all sorted."""
+_TOLERABLE = 16
+"""One guessed row of so many may fail; if more do,"""
+_EXACT_STEPS = 100
+"""so many choices are made without guesses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a choice was made from, for what is left to do when it is fetched."""
+
+    logits_SV: torch.Tensor
+    states: list[SamplingState]
+    positions: list[int]
+    """Of each state then: it moves on while the choice is on its way. Empty if all are greedy."""
+
+    def rows(self, rows: Sequence[int]) -> tuple[torch.Tensor, list[SamplingState]]:
+        """Some rows' logits, copied in float32, and their states as they were."""
+        states = [
+            replace(
+                self.states[s],
+                num_pending_tokens=self.positions[s] - len(self.states[s].output_token_ids),
+            )
+            for s in rows
+        ]
+        return _rows(self.logits_SV, rows).float(), states
 
 
 class Choice:
     """Tokens of one batch: chosen on the device, on their way here.
 
-    `fetch` waits for the copy alone, not for what was launched after it; with log-probabilities
-    to be reported it computes them, behind all that was launched.
+    `fetch` waits for the copy alone, not for what was launched after it, but for two cases: to
+    report log-probabilities, and to choose again where a nucleus reached further than was guessed.
     """
 
     def __init__(
-        self, tokens_S: torch.Tensor, logits_SV: torch.Tensor, wanted: list[int | None]
+        self, sampler: Sampler, tokens_S: torch.Tensor, asked: Asked, unsure_S: torch.Tensor | None
     ) -> None:
-        """`wanted[s]`: how many likeliest tokens row s reports; None: nothing but its token."""
+        """`unsure_S` marks rows whose nucleus was cut short."""
         self.tokens = tokens_S
-        self._wanted = wanted
-        self._logits_SV = logits_SV if any(count is not None for count in wanted) else None
-        self._host, self._event = tokens_S, None
+        self.corrected: list[int] = []
+        self._sampler = sampler
+        self._reported = [
+            s for s, state in enumerate(asked.states) if state.params.logprobs is not None
+        ]
+        keeps = self._reported or unsure_S is not None
+        self._asked = asked if keeps else None
+        parts = [tokens_S] if unsure_S is None else [tokens_S, unsure_S.to(tokens_S.dtype)]
+        self._host, self._event = torch.stack(parts), None
         if tokens_S.device.type == "cuda":
-            self._host = torch.empty(tokens_S.shape, dtype=tokens_S.dtype, pin_memory=True)
-            self._host.copy_(tokens_S, non_blocking=True)
+            sent = self._host
+            self._host = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)
+            self._host.copy_(sent, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(tokens_S.device))
 
@@ -52,23 +85,39 @@ class Choice:
         """One token for each row."""
         if self._event is not None:
             self._event.synchronize()
-        chosen: list[int] = self._host.tolist()
+        chosen, *unsure = self._host.tolist()
+        if self._asked is not None and unsure and any(unsure[0]):
+            self._choose_again([s for s, mark in enumerate(unsure[0]) if mark], chosen, self._asked)
         result = [SampledToken(token, None) for token in chosen]
-        if self._logits_SV is not None:
-            reported = [s for s, count in enumerate(self._wanted) if count is not None]
-            wanted = [(self._wanted[s] or 0, chosen[s]) for s in reported]
-            logprobs = torch.log_softmax(_rows(self._logits_SV, reported).float(), -1)
-            for s, report in zip(reported, _report(logprobs, wanted), strict=True):
+        if self._asked is not None and self._reported:
+            states = self._asked.states
+            wanted = [(states[s].params.logprobs or 0, chosen[s]) for s in self._reported]
+            logits_RV = _rows(self._asked.logits_SV, self._reported).float()
+            reports = _report(torch.log_softmax(logits_RV, -1), wanted)
+            for s, report in zip(self._reported, reports, strict=True):
                 result[s] = report
         return result
+
+    def _choose_again(self, rows: list[int], chosen: list[int], asked: Asked) -> None:
+        """The rows' tokens from their whole nuclei, put into `chosen`."""
+        tokens_R = self._sampler.choose_exactly(*asked.rows(rows), len(chosen))
+        for s, token in zip(rows, tokens_R.tolist(), strict=True):
+            if token != chosen[s]:
+                chosen[s] = token
+                self.corrected.append(s)
 
 
 class Sampler:
     """Chooses tokens for a batch; float32 throughout, on the device of the logits."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, *, guess: bool | None = None) -> None:
+        """`guess`: take a nucleus (`top_p`) to lie among the likeliest few hundred tokens, and look
+        whether it did when the choice is fetched; None: where looking would wait for a device."""
         self.vocab_size = vocab_size
         self.device = device
+        self._guess = device.type == "cuda" if guess is None else guess
+        self._exact_steps = 0
+        """So many more choices are made without a guess."""
 
     def sample(
         self, logits_SV: torch.Tensor, states: Sequence[SamplingState]
@@ -85,34 +134,65 @@ class Sampler:
     ) -> Choice:
         """One token for each state, from row `rows[s]` of the logits (None: row s).
 
-        States are not changed, and not read after the return. Waits for the device only where
-        `top_p` is asked for, to see how far a nucleus reaches.
+        States are not changed. Waits for nothing on a device that works on its own, but where
+        nuclei are not guessed.
         """
         if rows is not None:
             logits_SV = _rows(logits_SV, rows)
         special = [s for s, state in enumerate(states) if _is_special(state)]
-        wanted = [state.params.logprobs for state in states]
+        positions = [state.position for state in states] if special else []
+        asked = Asked(logits_SV, list(states), positions)
+        guess = self._guess and not self._exact_steps
+        self._exact_steps = max(0, self._exact_steps - 1)
         if len(special) == len(states):
-            return Choice(self._choose(_widened(logits_SV), states), logits_SV, wanted)
+            tokens_S, unsure_S = self._choose(_widened(logits_SV), states, guess)
+            return Choice(self, tokens_S, asked, unsure_S)
         on_cpu = logits_SV.device.type == "cpu"  # where halves are compared one by one
         tokens_S = (logits_SV.float() if on_cpu else logits_SV).argmax(-1)
+        unsure_S = None
         if special:
             at_R = send(special, torch.int64, logits_SV.device)
             part_RV = logits_SV.index_select(0, at_R).float()
-            tokens_S[at_R] = self._choose(part_RV, [states[s] for s in special])
-        return Choice(tokens_S, logits_SV, wanted)
+            picked = [states[s] for s in special]
+            tokens_S[at_R], unsure_R = self._choose(part_RV, picked, guess)
+            if unsure_R is not None:
+                unsure_S = torch.zeros_like(tokens_S, dtype=torch.bool)
+                unsure_S[at_R] = unsure_R
+        return Choice(self, tokens_S, asked, unsure_S)
 
-    def _choose(self, logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-        """Token ids [R]. `logits_RV` is a copy of the caller's and is changed."""
+    def choose_exactly(
+        self, logits_RV: torch.Tensor, states: Sequence[SamplingState], batch: int
+    ) -> torch.Tensor:
+        """Token ids [R] where a guess failed, in a batch of so many rows; waits for the device.
+
+        Where many fail, distributions are flat, and guesses cost more than they bring: the next
+        `_EXACT_STEPS` choices make none.
+        """
+        if len(states) * _TOLERABLE > batch:
+            self._exact_steps = _EXACT_STEPS
+        return self._choose(logits_RV, states, False)[0]
+
+    def _choose(
+        self, logits_RV: torch.Tensor, states: Sequence[SamplingState], guess: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token ids [R], and which rows' nuclei were cut short, if that was guessed for any.
+
+        `logits_RV` is a copy of the caller's and is changed.
+        """
         adjust(logits_RV, states, self.vocab_size)
         drawn = [r for r, state in enumerate(states) if not state.params.greedy]
         if len(drawn) == len(states):
-            return _draw(logits_RV, states)
+            return _draw(logits_RV, states, guess)
         tokens_R = logits_RV.argmax(-1)
+        unsure_R = None
         if drawn:
             at_D = send(drawn, torch.int64, logits_RV.device)
-            tokens_R[at_D] = _draw(logits_RV.index_select(0, at_D), [states[r] for r in drawn])
-        return tokens_R
+            part_DV = logits_RV.index_select(0, at_D)
+            tokens_R[at_D], unsure_D = _draw(part_DV, [states[r] for r in drawn], guess)
+            if unsure_D is not None:
+                unsure_R = torch.zeros_like(tokens_R, dtype=torch.bool)
+                unsure_R[at_D] = unsure_D
+        return tokens_R, unsure_R
 
 
 def _is_special(state: SamplingState) -> bool:
@@ -129,15 +209,20 @@ def _rows(values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return values.index_select(0, send(rows, torch.int64, values.device))
 
 
-def _draw(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Token ids [R], by the inverse of each row's cumulated probabilities; changes the logits."""
+def _draw(
+    logits_RV: torch.Tensor, states: Sequence[SamplingState], guess: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids [R], by the inverse of each row's cumulated probabilities; changes the logits.
+
+    And, as `_keep_top_p`, which rows' nuclei were cut short.
+    """
     params = [state.params for state in states]
     device = logits_RV.device
     logits_RV /= _column([p.temperature for p in params], device)
     _keep_min_p(logits_RV, [p.min_p for p in params])
     _keep_top_k(logits_RV, [p.top_k for p in params])
     probs_RV = torch.softmax(logits_RV, -1)
-    _keep_top_p(probs_RV, [p.top_p for p in params])
+    unsure_R = _keep_top_p(probs_RV, [p.top_p for p in params], guess)
     cumulated_RV = probs_RV.cumsum(-1)
     uniforms = rng.uniforms(
         [state.seed for state in states],
@@ -149,7 +234,7 @@ def _draw(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> torch.Ten
     # A parallel sum may fall by a rounding; never take a token that was truncated away.
     tokens_R = tokens_R.clamp_(max=probs_RV.shape[1] - 1)
     lost_R = probs_RV.gather(1, tokens_R[:, None]).squeeze(1) <= 0
-    return torch.where(lost_R, probs_RV.argmax(-1), tokens_R)
+    return torch.where(lost_R, probs_RV.argmax(-1), tokens_R), unsure_R
 
 
 def _column(values: list[float], device: torch.device) -> torch.Tensor:
@@ -180,11 +265,15 @@ def _keep_top_k(logits_RV: torch.Tensor, top_k: list[int]) -> None:
     logits_RV[at] = part
 
 
-def _keep_top_p(probs_RV: torch.Tensor, top_p: list[float]) -> None:
-    """Set to 0 what is less likely than the last token of the nucleus."""
+def _keep_top_p(probs_RV: torch.Tensor, top_p: list[float], guess: bool) -> torch.Tensor | None:
+    """Set to 0 what is less likely than the last token of the nucleus.
+
+    With `guess` only the first of `_NUCLEUS` is tried, and rows [R] that needed more are marked.
+    """
     rows = [r for r, p in enumerate(top_p) if p < 1]
     if not rows:
-        return
+        return None
+    unsure_R = None
     at = send(rows, torch.int64, probs_RV.device)
     part = probs_RV.index_select(0, at)
     limit_R1 = _column([top_p[r] for r in rows], part.device)
@@ -195,11 +284,16 @@ def _keep_top_p(probs_RV: torch.Tensor, top_p: list[float]) -> None:
         cumulated = best.cumsum(-1)
         before = (cumulated < limit_R1[short]).sum(-1, keepdim=True)
         floor_R1[short] = best.gather(1, before.clamp(max=best.shape[1] - 1))
+        if guess and best.shape[1] < part.shape[1]:
+            unsure_R = torch.zeros(len(probs_RV), dtype=torch.bool, device=part.device)
+            unsure_R[at] = before.squeeze(1) >= best.shape[1]
+            break
         short = short[before.squeeze(1) >= best.shape[1]]
         if not short.numel() or best.shape[1] == part.shape[1]:
             break
     part.masked_fill_(part < floor_R1, 0.0)
     probs_RV[at] = part
+    return unsure_R
 
 
 def _best(values_RV: torch.Tensor, count: int) -> torch.Tensor:

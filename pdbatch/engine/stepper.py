@@ -109,8 +109,10 @@ class Stepper:
         for owner, token in zip(flight.owners, tokens, strict=True):
             owner.sampling.num_pending_tokens -= 1
             owner.waits = owner.waits and owner.num_pending_tokens > 0
-            if owner.finish_reason is None and not owner.request.dropped:
+            if not (owner.finish_reason or owner.request.dropped or owner in flight.void):
                 chosen.append((owner, token))
+        for row in flight.choice.corrected if flight.choice is not None else ():
+            self._take_back(flight.owners[row])
         self._release(flight)
         return chosen
 
@@ -133,6 +135,14 @@ class Stepper:
     def tables(self) -> list[list[BlockId]]:
         """Block tables that steps in flight own."""
         return [table for flight in self.flights for table in flight.tables]
+
+    def _take_back(self, owner: Sequence) -> None:
+        """The step in flight, if it has this sequence, runs a token that was guessed wrong: what
+        it computes for it does not count, and the next one waits for it."""
+        if owner.num_flights and self.flights:
+            self.flights[-1].void.add(owner)
+            owner.num_computed_tokens -= 1
+            owner.waits = True
 
     def _release(self, flight: Flight) -> None:
         for table in flight.tables:

@@ -54,6 +54,8 @@ class FakeModel:
         self.block_size = block_size
         self.slots: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
         self.steps = 0
+        self.guesses = False
+        """Whether some tokens on the device are wrong guesses, which a fetch corrects."""
         self.unfinished: dict[int, set[int]] = {}
         """By step that nobody has waited for yet: the blocks that it writes."""
         self.scheduled: list[int] = []
@@ -95,7 +97,9 @@ class FakeModel:
             assert tokens[: len(known)] == known
             assert len(tokens) == len(state.prompt_token_ids) + state.position
             chosen.append(next_token(tokens, state.seed, state.output_index))
-        return FakeChoice(chosen)
+        wrong = [row for row, token in enumerate(chosen) if self.guesses and token % 7 == 0]
+        told = [VOCAB - 1 - token if row in wrong else token for row, token in enumerate(chosen)]
+        return FakeChoice(told, chosen, wrong)
 
     def mark(self):
         """As `fences.Mark`: what was launched up to here is over when the wait returns."""
@@ -123,9 +127,13 @@ class FakeChoice:
     """Tokens that are known here when they are fetched."""
 
     tokens: list[int]
+    right: list[int]
+    wrong: list[int]
+    corrected: list[int] = field(default_factory=list)
 
     def fetch(self) -> list[SampledToken]:
-        return [SampledToken(token, -1.0) for token in self.tokens]
+        self.corrected = self.wrong
+        return [SampledToken(token, -1.0) for token in self.right]
 
 
 class FakeTokenizer:
@@ -254,8 +262,10 @@ def make_engine(
     prefix_caching: bool = True,
     published: dict[str, Published] | None = None,
     run_ahead: bool = False,
+    guesses: bool = False,
 ) -> FakeEngine:
     model = FakeModel(num_blocks, block_size)
+    model.guesses = guesses
     generations = [0] * num_blocks
 
     def bump(blocks: Sequence[int]) -> None:

@@ -42,8 +42,9 @@ class World(RuleBasedStateMachine):
         budget=st.integers(3, 40),
         share=st.sampled_from([0.1, 0.5, 1.0]),
         ahead=st.booleans(),
+        guesses=st.booleans(),
     )
-    def build(self, caching, block_size, num_blocks, places, budget, share, ahead) -> None:
+    def build(self, caching, block_size, num_blocks, places, budget, share, ahead, guesses) -> None:
         self.published: dict[str, Published] = {}
         self.engines: dict[str, FakeEngine] = {
             role: make_engine(
@@ -56,6 +57,7 @@ class World(RuleBasedStateMachine):
                 pinned_share=share,
                 published=self.published,
                 run_ahead=ahead,
+                guesses=guesses,
             )
             for role in ("prefill", "decode", "mixed")
         }

@@ -168,3 +168,18 @@ def test_pending_tokens_are_put_in_their_places() -> None:
     assert ids.tolist() == [7, 40, 0, 42, 41]
     put_tokens(ids, None)
     assert ids.tolist() == [7, 40, 0, 42, 41]
+
+
+def test_what_ran_on_a_wrong_guess_does_not_count() -> None:
+    """The step that had it is not taken for the sequence's, and its slot is written again."""
+    fake, sound = make_engine(run_ahead=True, guesses=True), make_engine()
+    asked = [request(key, 5 + at, 30) for at, key in enumerate("abcdef")]
+    wanted, told = [], []
+    for engine, outputs in ((sound, wanted), (fake, told)):
+        engine.engine.handle(Submit(asked))
+        outputs.append(ended(engine))
+    assert wanted == told
+    assert fake.engine.stats().steps > sound.engine.stats().steps
+    again = [request(key, 5 + at, 30) for at, key in enumerate("abcdef")]
+    fake.engine.handle(Submit(again))
+    assert [ended(fake)] == wanted, "nothing wrong is found in the cache"

@@ -228,3 +228,25 @@ def test_a_gpu_draws_the_same_tokens() -> None:
     logits = torch.randn(64, 4000, generator=torch.Generator().manual_seed(3))
     states = [state(s, top_p=0.9 if s % 2 else 1.0) for s in range(64)]
     assert tokens(logits.cuda(), states) == tokens(logits, states)
+
+
+@pytest.mark.parametrize("spread", [0.02, 3.0])
+def test_a_guessed_nucleus_is_mended_when_it_was_too_small(seed: int, spread: float) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    logits = torch.randn(24, 1000, generator=gen) * spread
+    kinds = [{"top_p": 0.9}, {"top_p": 0.99, "top_k": 300}, {"temperature": 0}, {"min_p": 0.01}]
+    states = [state(seed=s, tokens=(1,) * s, **kinds[s % 4]) for s in range(24)]
+    exact = Sampler(1000, CPU, guess=False).choose(logits, states)
+    sampler = Sampler(1000, CPU, guess=True)
+    guessed = sampler.choose(logits, states)
+    for own in states:  # as while the next step is in flight
+        own.num_pending_tokens += 2
+    wanted = exact.fetch()
+    assert guessed.fetch() == wanted and not exact.corrected
+    told = guessed.tokens.tolist()
+    wrong = [s for s, token in enumerate(wanted) if told[s] != token.token_id]
+    assert guessed.corrected == wrong and bool(wrong) == (spread < 1)
+    assert all(s % 4 < 2 for s in wrong), "only nuclei are guessed"
+    next_one = sampler.choose(logits, states)
+    next_one.fetch()
+    assert not next_one.corrected, "where guesses fail none is made for a while"
