@@ -117,9 +117,11 @@ def _judge(report: Report, settings: Settings, error: str) -> None:
         return
     names = ", ".join(f"{gpu.device} {gpu.name}" for gpu in shown)
     report.add("gpu", "ok", names)
-    if ":" in settings.device and wanted and settings.device not in {g.device for g in shown}:
+    asked = [name.strip() for name in settings.device.split(",")] if wanted else []
+    missing = {name for name in asked if ":" in name} - {gpu.device for gpu in shown}
+    if missing:
         remedy = f"Use one of {', '.join(gpu.device for gpu in shown)}; see CUDA_VISIBLE_DEVICES."
-        report.add("gpu", "broken", f"there is no device {settings.device}", remedy)
+        report.add("gpu", "broken", f"there is no device {', '.join(sorted(missing))}", remedy)
     for gpu in shown:
         if float(gpu.capability) < OLDEST_CAPABILITY:
             text = f"{gpu.device} has compute capability {gpu.capability}, below 7.0"

@@ -66,7 +66,7 @@ def kind_of(device: str) -> str:
 def engine_device(report: Report, settings: Settings) -> str:
     """Where an engine of these settings would run here."""
     if settings.device != "auto":
-        return settings.device
+        return settings.device.partition(",")[0]
     return next((gpu.device for gpu in report.gpus if gpu.device), "cpu")
 
 

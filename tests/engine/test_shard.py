@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_a_rank_keeps_its_part_of_the_weights_alone(tmp_path: Path) -> None:
         return sum(weight.numel() for weight in module.parameters())
 
     layers = sum(weights(layer) for layer in model.model.layers)
-    found = on_ranks(2, tmp_path, lambda group: part_of(model, group).model)
+    found: list[Any] = on_ranks(2, tmp_path, lambda group: part_of(model, group).model)
     for part in found:
         mine = sum(weights(layer) for layer in part.model.layers)
         norms = 2 * 3 * 64

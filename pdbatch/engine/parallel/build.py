@@ -21,9 +21,9 @@ def build_parallel(config: EngineConfig, *, keep_prompts: bool = False) -> Engin
 
     Raises ModelError, ConfigError, EngineError.
     """
-    if config.threads is None:
-        share = max(1, (os.cpu_count() or 1) // config.tensor_parallel_size)
-        config = dataclasses.replace(config, threads=share)
+    threads = config.threads or os.cpu_count() or 1
+    each = max(1, threads // config.tensor_parallel_size)
+    config = dataclasses.replace(config, threads=each)
     team = Team(config)
     try:
         device = team.group.device

@@ -122,7 +122,7 @@ class Sharder:
 
     def _experts(self, block: Any) -> torch.nn.Module:
         """A mixture: every rank has a part of every expert, shared ones included."""
-        experts = getattr(block, "experts", None)
+        experts: Any = getattr(block, "experts", None)
         gate_up, down = (getattr(experts, name, None) for name in ("gate_up_proj", "down_proj"))
         if not isinstance(gate_up, torch.nn.Parameter) or not isinstance(down, torch.nn.Parameter):
             raise ConfigError(
@@ -160,7 +160,7 @@ class Sharder:
         vocab_size = old.weight.shape[0]
         count = -(-vocab_size // self._group.size)
         first = self._group.rank * count
-        parts = []
+        parts: list[torch.Tensor | None] = []
         for whole in (old.weight, old.bias):
             if whole is None:
                 parts.append(None)
