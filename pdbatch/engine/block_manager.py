@@ -49,6 +49,11 @@ class BlockManager:
         sequence.num_computed_tokens = len(found) * self.block_size
         return True
 
+    def prepare(self, sequence: Sequence) -> None:
+        """Hash a waiting sequence's full blocks, as `admit` would."""
+        if self.prefix_caching:
+            self._hashes(sequence, (sequence.num_known_tokens - 1) // self.block_size)
+
     def find_prompt(self, sequence: Sequence) -> list[BlockId]:
         """Blocks that hold leading full blocks of the prompt, the very last one too."""
         return self._find(sequence, sequence.num_prompt_tokens)

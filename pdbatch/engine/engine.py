@@ -66,6 +66,9 @@ from pdbatch.engine.sequence import ActiveRequest
 from pdbatch.engine.stepper import ModelSide, Stepper
 from pdbatch.errors import InvariantError
 
+_PREPARED_AT_ONCE = 16
+"""Waiting requests that a round looks at beside the device: a millisecond or two."""
+
 
 class Engine:
     """One model, one pool of blocks, one role. See `pdbatch.engine.base.EngineBase`."""
@@ -277,6 +280,8 @@ class Engine:
             for sequence in plan.started:
                 self._life.start(sequence)
             self._stepper.launch(plan)
+            if self._run_ahead:
+                self.scheduler.prepare(_PREPARED_AT_ONCE)
             self._out.steps += 1
             self._progress = True
         ahead = 1 if self._run_ahead and plan.num_tokens else 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from pdbatch.sampling import SamplingParams
 if TYPE_CHECKING:
     from pdbatch.engine.loader import LoadedModel
 
+_TAKEN_AT_ONCE = 256
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or the messages of a chat."""
 
@@ -91,14 +93,14 @@ class LLM:
             chosen = list(sampling)
         if len(chosen) != len(asked):
             raise UsageError(f"{len(asked)} prompts, but {len(chosen)} sampling parameters")
-        keys: dict[str, int] = {}
-        for spec, params in zip(asked, chosen, strict=True):
-            keys[f"llm:{self._count}"] = len(keys)
-            request = EngineRequest(key=f"llm:{self._count}", spec=with_sampling(spec, params))
-            self._count += 1
-            self.engine.add(request)
+        first, self._count = self._count, self._count + len(asked)
+        keys = {f"llm:{first + at}": at for at in range(len(asked))}
+        requests = (
+            EngineRequest(key=key, spec=with_sampling(asked[at], chosen[at]))
+            for key, at in keys.items()
+        )
         try:
-            return self._run(keys, progress)
+            return self._run(requests, keys, progress)
         except BaseException:
             for key in keys:
                 self.engine.abort(key)
@@ -109,11 +111,17 @@ class LLM:
         self.engine.close()
 
     def _run(
-        self, keys: dict[str, int], progress: Callable[[int, int], None] | None
+        self,
+        requests: Iterator[EngineRequest],
+        keys: dict[str, int],
+        progress: Callable[[int, int], None] | None,
     ) -> list[RequestOutput]:
+        """Each round takes some of the requests in, beside the device once that works."""
         outputs: list[RequestOutput | None] = [None] * len(keys)
         done = 0
         while done < len(keys):
+            for request in islice(requests, _TAKEN_AT_ONCE):
+                self.engine.add(request)
             for event in self.engine.step():
                 if isinstance(event, Finished):
                     for output in event.outputs:

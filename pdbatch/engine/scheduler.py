@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections import deque
 from dataclasses import dataclass, field
 
 from pdbatch.engine.block_manager import BlockManager
@@ -64,6 +65,7 @@ class Scheduler:
         self._heap: list[tuple[tuple[int, int, int], Sequence]] = []
         self._waiting: set[Sequence] = set()
         """Those of the heap that still wait: who left it stays there as a shell."""
+        self._unprepared: deque[Sequence] = deque()
 
     @property
     def num_waiting(self) -> int:
@@ -80,6 +82,16 @@ class Scheduler:
         sequence.state = SequenceState.WAITING
         self._waiting.add(sequence)
         heapq.heappush(self._heap, (sequence.order, sequence))
+        self._unprepared.append(sequence)
+
+    def prepare(self, count: int) -> None:
+        """Hash the prompts of so many that wait, which starting them would need, while the device
+        has work to do."""
+        while self._unprepared and count:
+            sequence = self._unprepared.popleft()
+            if sequence in self._waiting:
+                self.blocks.prepare(sequence)
+                count -= 1
 
     def add_running(self, sequence: Sequence) -> None:
         """A sequence that already holds blocks (forked or adopted) takes part in steps."""
