@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pdbatch.cli.options import json_option, settings_options
+from pdbatch.cli.options import ENGINE_OPTIONS, json_option, settings_options
 
 if TYPE_CHECKING:
     from pdbatch.bench.measure import Report, Round
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--stages", is_flag=True, help="Wait for the device after each stage.")
 @click.option("--trace", type=click.Path(dir_okay=False), help="Write a trace for Perfetto.")
 @json_option
-@settings_options("model", "device", "dtype")
+@settings_options("model", "device", "dtype", *ENGINE_OPTIONS)
 def bench(
     names: str,
     count: int | None,

@@ -25,6 +25,11 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "device": {"metavar": "D", "help": "auto, cpu, cuda:0, … (run: several, with commas)."},
     "tensor_parallel_size": {"metavar": "N", "help": "Devices that share a worker's model (1)."},
     "dtype": {"metavar": "T", "help": "auto, float32, bfloat16, float16."},
+    "block_size": {"metavar": "N", "help": "Tokens in a block of the KV cache (16)."},
+    "gpu_memory_utilization": {"metavar": "SHARE", "help": "Of the GPU's memory (0.9)."},
+    "max_num_seqs": {"metavar": "N", "help": "Most sequences running at once."},
+    "max_num_batched_tokens": {"metavar": "N", "help": "Most tokens in one step."},
+    "max_model_len": {"metavar": "N", "help": "Most tokens of a sequence, prompt and output."},
     "kv_transport": {
         "metavar": "NAMES",
         "help": "How KV moves: auto, or best first some of cuda_ipc,shm,rdma,tcp.",
@@ -37,6 +42,14 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
 }
 
 _SWITCHES: Final = frozenset({"kv_checksum"})
+ENGINE_OPTIONS: Final = (
+    "block_size",
+    "gpu_memory_utilization",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+)
+"""What an engine's size is told by, with vLLM's names and meanings."""
 
 
 def settings_options(*names: str) -> Callable[[F], F]:

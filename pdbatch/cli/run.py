@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pdbatch.cli.options import json_option, settings_options
+from pdbatch.cli.options import ENGINE_OPTIONS, json_option, settings_options
 
 if TYPE_CHECKING:
     from pdbatch.cli.progress import ProgressDisplay
@@ -50,6 +50,7 @@ _LOOK_EVERY_S = 0.25
     "kv_transport",
     "kv_checksum",
     "shard_size",
+    *ENGINE_OPTIONS,
 )
 @click.option("--model", metavar="M", help="Serves the whole job; else each line's own model.")
 def run(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pdbatch.cli.options import settings_options
+from pdbatch.cli.options import ENGINE_OPTIONS, settings_options
 
 if TYPE_CHECKING:
     from pdbatch.config import Settings
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     "broker_url",
     "kv_transport",
     "kv_checksum",
+    *ENGINE_OPTIONS,
 )
 def worker(name: str | None, concurrency: int | None, settings: Settings) -> None:
     """Be one worker, on one device or several, until SIGTERM (which finishes what runs).

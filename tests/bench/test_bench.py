@@ -88,7 +88,7 @@ def test_the_command_measures_and_traces(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pdbatch.cli", "bench", "--model", "random:tiny", "-n", "4"]
     command += ["--workload", "A,B,C", "--rounds", "2", "--seed", "7", "--trace", str(trace)]
     command += ["--json", "--stages", "--device", "cpu", "--home", str(tmp_path / "home")]
-    command += ["--set", "max_num_seqs=3", "--set", "worker_threads=1"]
+    command += ["--max-num-seqs", "3", "--set", "worker_threads=1"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert "A     4 prompts (seed 7)" in done.stderr and "B     4 prompts (seed 8)" in done.stderr
