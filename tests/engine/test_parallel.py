@@ -18,9 +18,10 @@ from pdbatch.engine.build import build_engine
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.engine import Engine
 from pdbatch.engine.llm import LLM
-from pdbatch.engine.messages import EngineRequest, Finished
+from pdbatch.engine.messages import EngineRequest, Fatal, Finished, Ready, Stats
 from pdbatch.engine.parallel.devices import rank_devices
 from pdbatch.engine.parallel.team import Team
+from pdbatch.engine.spawn import EngineProcess
 from pdbatch.errors import ConfigError, EngineDied, ModelError
 from pdbatch.sampling import SamplingParams
 
@@ -143,6 +144,29 @@ def test_ranks_end_with_rank_0() -> None:
         for watch in watches:
             assert select.select([watch], [], [], 30)[0], "a rank outlives rank 0"
             os.close(watch)
+
+
+def test_an_idle_engine_process_says_that_a_rank_died() -> None:
+    values: dict[str, Any] = {"model": MODEL, "home": "unused", "device": "cpu", "threads": 2}
+    config = EngineConfig(**values, tensor_parallel_size=2, num_blocks=8, stats_interval_s=0.1)
+    child = EngineProcess.start(config)
+    try:
+        assert isinstance(child.channel.receive(120), Ready)
+        (rank,) = children(child.process.pid)
+        os.kill(rank, signal.SIGKILL)
+        while isinstance(event := child.channel.receive(60), Stats):
+            pass
+        assert event == Fatal("EngineDied", "rank 1 ended with exit code -9")
+        assert child.process.wait(30) == 1
+    finally:
+        child.kill()
+        child.channel.close()
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, whichever of its threads did."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def test_what_goes_wrong_on_a_rank_is_said() -> None:

@@ -75,7 +75,9 @@ class Group:
 
     def abort(self) -> None:
         """End what is under way, which then gives no result of use; from any thread."""
-        self._group.abort()
+        end = getattr(self._group, "abort", None)  # torch's versions differ
+        if end is not None:
+            end()
 
 
 def _gloo(dist: Any, store: Any, group: Group, limit: timedelta) -> Any:
