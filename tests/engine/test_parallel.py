@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_handoff import Pair, make_requests, token_ids
 
 from pdbatch.engine.build import build_engine
@@ -71,6 +72,19 @@ def test_two_ranks_give_the_tokens_of_one() -> None:
         outputs = llm.generate(prompts, params)
         found.append([token_ids(output) for output in outputs])
         llm.close()
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_two_gpus_give_the_tokens_of_one(graphs: bool) -> None:
+    requests = make_requests(12, temperature=0, ignore_eos=True)
+    found = []
+    for ranks in (1, 2):
+        made = engine("mixed", ranks, device="cuda:0", cuda_graphs=graphs)
+        found.append(run(made, requests))
+        made.close()
     assert found[0] == found[1]
 
 

@@ -86,7 +86,7 @@ class End(msgspec.Struct, tag=True, frozen=True):
 
 
 class Up(msgspec.Struct, tag=True, frozen=True):
-    """The rank is ready for steps."""
+    """The rank is there to meet the others; said again: it is ready for steps."""
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):

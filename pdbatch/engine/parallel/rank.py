@@ -1,8 +1,8 @@
 """A rank's process: `python -m pdbatch.engine.parallel.rank --fd N`, started by rank 0's.
 
     1. The first frame on the socket is `Start`.
-    2. It meets the other ranks, loads its part of the model, makes its pool and warms up, in step
-       with rank 0, then says `Up`; or `Failed`, and exit code 1.
+    2. It says `Up` and meets the other ranks, loads its part of the model, makes its pool and warms
+       up, in step with rank 0, then says `Up` again; or `Failed`, and exit code 1.
     3. Loop: orders in the order in which they were sent; ends of pulls as they come.
     4. `End`: it stops serving its pool, exit code 0.
     5. The socket's end (rank 0 is gone): the process ends at once, whatever it was doing.
@@ -75,6 +75,7 @@ def build(start: say.Start, channel: Channel[say.Order]) -> Rank:
     device = torch.device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    channel.send(say.Up())  # rank 0 waits for the others at the meeting alone
     group = Group(Path(start.meeting), start.rank, config.tensor_parallel_size, device)
     return Rank(build_part(config, group=group), group, channel)
 

@@ -2,7 +2,7 @@
 
 Life of a team:
 
-    1. `Team.start`: rank 0's process starts one process for each other rank; all meet (`group`).
+    1. `Team()`: rank 0's process starts one process for each other rank; all meet (`group`).
     2. Every rank builds its part: the same calls in the same order, since parts talk meanwhile.
     3. `ready` waits until all ranks are up.
     4. Orders (`tell`); a rank that ends, or fails, ends the engine: what is under way on rank 0 is
@@ -79,6 +79,7 @@ class Team:
                 own = replace(config, device=devices[rank])
                 self.members.append(Member(own, rank, self._folder / "meeting"))
             self._watch()
+            self.ready()
             self._group = Group(self._folder / "meeting", 0, size, torch.device(devices[0]))
         except BaseException as error:
             raise self.ended_by(error) from error
@@ -90,7 +91,7 @@ class Team:
         return self._group
 
     def ready(self) -> None:
-        """Wait until every rank is up. Raises EngineError."""
+        """Wait until every rank is up, to meet or for steps. Raises EngineError."""
         for member in self.members:
             answer = self._answer(member)
             if not isinstance(answer, Up):
