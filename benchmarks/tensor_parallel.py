@@ -15,6 +15,7 @@ out without a GPU. Every engine is a process tree of its own, so one leaves noth
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import random
 import sys
@@ -109,6 +110,8 @@ def generate(
     args: argparse.Namespace, ranks: int, dtype: str, rounds: int
 ) -> tuple[list[list[int]], float]:
     """See `generated`."""
+    faulthandler.dump_traceback_later(90)  # where it hangs, if it does
+    start = time.perf_counter()
     llm = LLM(
         args.model,
         device=args.device,
@@ -119,6 +122,7 @@ def generate(
         max_model_len=args.input + args.output,
         cuda_graphs=not args.no_graphs,
     )
+    print(f"{ranks} ranks, ready in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     params = SamplingParams(temperature=0, max_tokens=args.output, ignore_eos=True)
     for seed in range(rounds):
         prompts = prompts_of(args, seed)
