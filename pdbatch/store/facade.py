@@ -54,6 +54,11 @@ class Store:
         return cls(database, max_attempts=max_attempts)
 
     @property
+    def writes_side_by_side(self) -> bool:
+        """Whether transactions that write need not wait for each other."""
+        return self._database.engine.dialect.name == "postgresql"
+
+    @property
     def url(self) -> str:
         """The database's URL, its password hidden."""
         return self._database.shown_url

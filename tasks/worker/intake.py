@@ -1,6 +1,7 @@
 """Shards on their way into a prefill or mixed worker, and their ends.
 
-1. `submit`: a message has come. A thread claims its shard in SQL; refused: `on_over` at once.
+1. `submit`: a message has come. A thread claims its shard in SQL, several side by side where the
+   database lets it; refused: `on_over` at once.
 2. What is left of it goes to the engine in one command, and into `OpenShards`.
 3. When its last request left (its row is written, or a decode worker has it), a prefill worker
    tells SQL that the shard is handed off. Then `on_over`.
@@ -11,9 +12,11 @@ it is tried again, so that no shard stays claimed by a worker that does not run 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import msgspec
@@ -31,6 +34,9 @@ from tasks.worker.open_shards import OpenShard, OpenShards
 logger = logging.getLogger(__name__)
 
 Over = Callable[[], None]
+
+CLAIMED_AT_ONCE = 4
+"""Shards, side by side: a claim is mostly waiting for the database."""
 
 
 class _Wanted(NamedTuple):
@@ -63,6 +69,8 @@ class Intake:
         self._hands_off, self._may_claim = hands_off, may_claim
         self._submit, self._write = submit, write
         self._closed = False
+        self._at_once = CLAIMED_AT_ONCE if store.writes_side_by_side else 1
+        self._threads = ThreadPoolExecutor(CLAIMED_AT_ONCE, thread_name_prefix="pdbatch-claim")
         self._wanted: queue.SimpleQueue[_Wanted] = queue.SimpleQueue()
         self._over: queue.SimpleQueue[tuple[OpenShard, Over]] = queue.SimpleQueue()
         self._loops = [
@@ -86,25 +94,39 @@ class Intake:
         """No further step."""
         for loop in self._loops:
             loop.stop(timeout_s=1.0)
+        self._threads.shutdown(wait=False)
 
     def _claim(self) -> float:
         if not self._may_claim():
             return 0.1
         try:
-            wanted = self._wanted.get(timeout=0.5)
+            some = [self._wanted.get(timeout=0.5)]
         except queue.Empty:
             return 0.0
+        with contextlib.suppress(queue.Empty):
+            while len(some) < self._at_once:
+                some.append(self._wanted.get_nowait())
         if self._closed:
             return 0.0
-        try:
-            with self._life.taking:
-                taken = self._take(wanted)
-        except StoreError:
-            self._wanted.put(wanted._replace(unsure_of=self._life.id))
-            raise
-        if not taken:
-            wanted.on_over()
+        failed: StoreError | None = None
+        with self._life.taking:
+            ends = list(self._threads.map(self._try, some)) if some[1:] else [self._try(some[0])]
+        for wanted, end in zip(some, ends, strict=True):
+            if isinstance(end, StoreError):
+                failed = end
+            elif not end:
+                wanted.on_over()
+        if failed is not None:
+            raise failed
         return 0.0
+
+    def _try(self, wanted: _Wanted) -> bool | StoreError:
+        """`_take`; a shard whose claim got no answer is wanted again."""
+        try:
+            return self._take(wanted)
+        except StoreError as error:
+            self._wanted.put(wanted._replace(unsure_of=self._life.id))
+            return error
 
     def _take(self, wanted: _Wanted) -> bool:
         """Claim and submit; False where there is nothing to run."""
