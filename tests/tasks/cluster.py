@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
+from sqlalchemy import make_url
 
 from pdbatch.config import Role, Settings
 from pdbatch.formats import encode_spec
@@ -89,6 +91,27 @@ class Cluster:
         for process in self.family(name):
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+
+    def pause(self, name: str) -> None:
+        """Stop the process and its children, outside of any transaction: amid one it would hold
+        SQLite's lock for as long as it stands still, and nobody could declare it dead."""
+        self.send(name, signal.SIGSTOP)
+        while not self._writable():
+            self.send(name, signal.SIGCONT)
+            self.send(name, signal.SIGSTOP)
+
+    def _writable(self, limit_s: float = 3.0) -> bool:
+        """Whether others may write to the database."""
+        path = make_url(self.settings.database_url).database
+        if self.store.writes_side_by_side or path is None:
+            return True
+        with closing(sqlite3.connect(path, timeout=limit_s, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return False
+            connection.execute("ROLLBACK")
+        return True
 
     def kill(self, name: str) -> None:
         """SIGKILL to the main process alone; its engine must follow by itself."""

@@ -126,7 +126,7 @@ def test_a_worker_stopped_for_longer_than_its_time_to_live(cluster: Cluster, vic
     cluster.start("reconciler", "prefill-1", "decode-1")
     job = cluster.submit(4000)
     cluster.wait("progress", lambda: cluster.done(job) > 500)
-    cluster.send(victim, signal.SIGSTOP)
+    cluster.pause(victim)
     cluster.wait("its death", lambda: victim not in cluster.live())
     before = {worker.id for worker in cluster.store.workers.list()}
     cluster.send(victim, signal.SIGCONT)
@@ -214,7 +214,7 @@ def test_a_walk_of_disturbances(
             redis_server.kill()
             redis_server.start()
         elif kind == "stop":
-            cluster.send(victim, signal.SIGSTOP)
+            cluster.pause(victim)
             cluster.wait("its death", lambda victim=victim: victim not in cluster.live())
             cluster.send(victim, signal.SIGCONT)
         elif kind == "kill":

@@ -123,7 +123,7 @@ def test_workers_show_themselves(cluster: Cluster, app: Celery) -> None:
         assert pool["sequences-running"] == 0
     assert set(inspect.registered()) == set(stats)
     job = cluster.submit(32)
-    cluster.send("decode-1", signal.SIGSTOP)
+    cluster.pause("decode-1")
     shown: list[Any] = []
 
     def active() -> bool:
