@@ -132,6 +132,7 @@ def generate(
         rate = args.prompts * args.output / took
         print(f"{ranks} ranks, round {seed}: {took:.2f} s, {rate:.0f} out/s", file=sys.stderr)
     llm.close()
+    faulthandler.cancel_dump_traceback_later()
     return [output.outputs[0].token_ids for output in outputs], took
 
 

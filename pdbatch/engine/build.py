@@ -52,6 +52,8 @@ class Part:
     layout: KVLayout
     max_num_seqs: int
     max_model_len: int
+    release: Callable[[], None]
+    """Lets go of what the runner keeps on the device besides the model; it runs no step after."""
 
 
 def build_engine(
@@ -136,6 +138,7 @@ def build_part(
         layout=layout,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
+        release=model_runner.close,
     )
 
 

@@ -119,6 +119,10 @@ class GpuRunner:
             time.perf_counter() - start_s,
         )
 
+    def close(self) -> None:
+        """Let go of the graphs. No step may follow."""
+        self._graphs = None
+
     def _run(self, step: prepare.Step, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The body; [T, C], or those rows alone if the last layer picks them."""
         output = self._body(

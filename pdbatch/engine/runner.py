@@ -125,6 +125,9 @@ class ModelRunner:
         self.execute(_warm(range(count), num_decodes=0))
         self.execute(_warm(range(count, count + 1), num_decodes=1))
 
+    def close(self) -> None:
+        """Nothing is held besides the model."""
+
 
 def _warm(positions: range, num_decodes: int) -> ModelInput:
     where = torch.arange(positions.start, positions.stop)

@@ -140,6 +140,17 @@ def test_a_rank_that_dies_ends_the_engine_and_all_ranks(role: str) -> None:
     assert all(process.poll() is not None for process in processes)
 
 
+def test_a_team_lets_go_of_graphs_before_it_leaves_the_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = engine("mixed", 2)
+    team, order = team_of(made), []
+    monkeypatch.setattr(team, "release", lambda: order.append("graphs"))
+    monkeypatch.setattr(team.group, "close", lambda: order.append("group"))
+    made.close()
+    assert order == ["graphs", "group"]
+
+
 def test_ranks_end_with_rank_0() -> None:
     text = (
         "import os, signal, sys\n"

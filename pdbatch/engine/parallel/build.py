@@ -28,6 +28,7 @@ def build_parallel(config: EngineConfig, *, keep_prompts: bool = False) -> Engin
     try:
         device = team.group.device
         part = build_part(dataclasses.replace(config, device=str(device)), group=team.group)
+        team.release = part.release
         team.ready()
         return _engine(config, part, team, keep_prompts)
     except BaseException as error:

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ class Team:
         self._folder = Path(tempfile.mkdtemp(prefix="pdbatch-ranks-"))
         self._failure = ""
         self._closing = False
+        self.release: Callable[[], None] = lambda: None
+        """Called before the group is left: graphs that hold sums keep NCCL from ending."""
         self._ended: deque[PullEnded] = deque()
         self._came = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.members: list[Member] = []
@@ -165,6 +168,7 @@ class Team:
         if self._came >= 0:
             os.close(self._came)
             self._came = -1
+            self.release()
             if self._group is not None:
                 with contextlib.suppress(RuntimeError):
                     self._group.close()
