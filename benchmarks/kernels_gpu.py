@@ -194,14 +194,14 @@ def chunks(quick: bool) -> None:
         tables = torch.randperm(count * each, dtype=torch.int32, device=DEVICE)
         starts = np.arange(count + 1, dtype=np.int32) * length
         lens = np.full(count, total, np.int32)
-        _rows, tokens = chunk.rows_of_tile(GROUP, D)
+        rows, tokens = chunk.rows_of_tile(GROUP, cache.shape, length)
         tiles = ints(work.chunk_tiles(starts, lens, np.arange(count, dtype=np.int32), tokens))
         qkv = torch.randn(16384, 48, D, device=DEVICE, dtype=torch.bfloat16)
         q, k, v = qkv.split([32, 8, 8], 1)
         out = torch.empty(16384, 32, D, device=DEVICE, dtype=torch.bfloat16)
         flops = 4 * 16384 * 32 * D * (before + length / 2)
         given = {"tables": tables, "tables_at": ints(np.arange(count) * each), "lens": ints(lens)}
-        given |= {"starts": ints(starts), "tiles_X2": tiles, "scaling": D**-0.5}
+        given |= {"starts": ints(starts), "tiles_X2": tiles, "rows": rows, "scaling": D**-0.5}
         for tile, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4)):
             if quick and (tile, warps, stages) not in [(64, 8, 3), (64, 4, 3), (128, 8, 2)]:
                 continue

@@ -32,6 +32,7 @@ def mixed(sizes: decodes.Sizes, most_keys: int) -> Iterator[ModelInput]:
     yield _step([], [(0, 8)], size)
     if most_keys > 16:
         yield _step([], [(8, 8), (0, 8)], size)
+        yield _step([], [(8, min(256, most_keys - 8))], size)  # long chunks have larger tiles
         for batch in decoding(16, sizes, most_keys):
             yield _step(batch.context_lens, [(0, 8), (8, 8)], size)
 

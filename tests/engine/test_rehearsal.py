@@ -42,7 +42,7 @@ def test_decodes_of_every_kind_that_there_can_be(rows: int, most_keys: int, kind
 def test_prompts_come_alone_after_others_and_beside_decodes() -> None:
     sizes = _sizes()
     found = list(rehearsal.mixed(sizes, 4096))
-    assert [batch.num_decodes for batch in found] == [0, 0, 16, 16, 16]
+    assert [batch.num_decodes for batch in found] == [0, 0, 0, 16, 16, 16]
     for batch in found:
         counts = [b - a for a, b in zip(batch.cu_seqlens_q, batch.cu_seqlens_q[1:], strict=False)]
         assert counts[: batch.num_decodes] == [1] * batch.num_decodes

@@ -37,7 +37,7 @@ def eager(batch: ModelInput, sizes: decodes.Sizes, upload: Upload) -> Step:
     plan = decodes.plan(batch, sizes) if count else None
     runs = work.unprefixed_runs(starts, lens, count)
     pieces = list(_pieces(runs, lens, sizes))
-    tiles = _tiles(starts, lens, count, runs, sizes)
+    tile_rows, *tiles = _tiles(starts, lens, count, runs, sizes)
     sections = [*_tokens(batch), starts, lens, _blocks_at(batch, rows), _blocks(batch)]
     sections += plan.sections if plan is not None else []
     sections += [part.reshape(-1) for part in tiles]
@@ -69,6 +69,7 @@ def eager(batch: ModelInput, sizes: decodes.Sizes, upload: Upload) -> Step:
             for a, b, equal in pieces
         ],
         run_tiles_X2=plain if plain.numel() else None,
+        tile_rows=tile_rows,
     )
     return Step(ids, positions, tables)
 
@@ -144,16 +145,21 @@ def _tiles(
     count: int,
     runs: list[tuple[int, int]],
     sizes: decodes.Sizes,
-) -> list[work.Ints]:
-    """Tiles of chunks with a prefix, and of those without."""
+) -> tuple[int, work.Ints, work.Ints]:
+    """(rows of a tile, tiles of chunks with a prefix, tiles of those without)."""
     plain = np.zeros(len(lens), dtype=bool)
     for a, b in runs:
         plain[a:b] = True
     group = sizes.num_q_heads // sizes.shape.num_kv_heads
-    _rows, tokens = chunk.rows_of_tile(group, sizes.shape.head_dim)
     chunks = np.arange(count, len(lens), dtype=np.int32)
-    both = (chunks[~plain[count:]], chunks[plain[count:]])
-    return [work.chunk_tiles(starts, lens, rows, tokens) for rows in both]
+    queries = float(starts[-1] - count) / max(1, len(chunks))
+    rows, tokens = chunk.rows_of_tile(group, sizes.shape, queries)
+    prefixed, unprefixed = chunks[~plain[count:]], chunks[plain[count:]]
+    return (
+        rows,
+        work.chunk_tiles(starts, lens, prefixed, tokens),
+        work.chunk_tiles(starts, lens, unprefixed, tokens),
+    )
 
 
 def _tokens(batch: ModelInput) -> list[work.Ints]:

@@ -72,6 +72,8 @@ class Tables:
     runs: list[Run] = field(default_factory=list)
     """Chunks without a prefix, for `varlen_attn`; their tiles are in `run_tiles_X2` too."""
     run_tiles_X2: torch.Tensor | None = None
+    tile_rows: int = 0
+    """Rows of those tiles: tokens times the query heads of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,7 @@ class TritonStep:
                     lens=tables.lens,
                     starts=tables.starts,
                     tiles_X2=tiles,
+                    rows=tables.tile_rows,
                     scaling=scaling,
                     window=window,
                     softcap=softcap,

@@ -24,7 +24,7 @@ from pdbatch.engine.kernels.scores import (
     scaled,
     window_of,
 )
-from pdbatch.engine.kvcache import PagedKVCache
+from pdbatch.engine.kvcache import KVShape, PagedKVCache
 
 
 @triton.jit
@@ -203,10 +203,17 @@ def _chunk(
     )
 
 
-def rows_of_tile(group: int, head_dim: int) -> tuple[int, int]:
-    """(rows of a tile, tokens that they hold)."""
-    rows = max(128 if head_dim <= 128 else 64, power_of_two(group))
-    return rows, rows // power_of_two(group)
+def rows_of_tile(group: int, shape: KVShape, queries: float) -> tuple[int, int]:
+    """(rows of a tile, tokens that they hold) for chunks of about so many queries.
+
+    Where chunks are long enough, a tile of 256 rows has each page read half as often.
+    """
+    padded = power_of_two(group)
+    rows = 128 if shape.head_dim <= 128 else 64
+    if shape.head_dim <= 128 and shape.dtype.itemsize == 2 and queries * padded >= 256:
+        rows = 256
+    rows = max(rows, padded)
+    return rows, rows // padded
 
 
 def chunk(
@@ -220,6 +227,7 @@ def chunk(
     lens: torch.Tensor,
     starts: torch.Tensor,
     tiles_X2: torch.Tensor,
+    rows: int,
     scaling: float,
     window: int | None,
     softcap: float | None,
@@ -227,12 +235,11 @@ def chunk(
     num_warps: int | None = None,
     num_stages: int | None = None,
 ) -> None:
-    """Attend all tiles; `starts` are the offsets into T of all sequences of the step."""
+    """Attend all tiles of `rows` rows; `starts` are the offsets into T of all sequences."""
     shape = cache.shape
     group = q_THD.shape[1] // shape.num_kv_heads
     page = shape.block_size * shape.head_dim
     layer_at = layer * 2 * shape.num_kv_heads * page
-    rows, _tokens = rows_of_tile(group, shape.head_dim)
     wide = q_THD.dtype == torch.float32
     _chunk[(shape.num_kv_heads, tiles_X2.shape[0])](
         q_THD,

@@ -26,6 +26,8 @@ from pdbatch.engine.kernels.scores import (
 )
 from pdbatch.engine.kvcache import PagedKVCache
 
+_MANY = 2048
+
 
 @triton.jit
 def _decode(
@@ -121,10 +123,12 @@ def decode(
     window: int | None,
     softcap: float | None,
     tile: int | None = None,
-    num_warps: int = 4,
+    num_warps: int | None = None,
     num_stages: int = 3,
 ) -> None:
     """Run the items; rows of `q_THD` and `out_THD` [T, heads, D] are those that items name.
+
+    Programs that fill the device many times are small ones, so that more of them run at a time.
 
     `part_out` has room for [items, KV heads, group, D] in float32, `part_lse` for one number less.
     """
@@ -132,6 +136,7 @@ def decode(
     group = q_THD.shape[1] // shape.num_kv_heads
     page = shape.block_size * shape.head_dim
     layer_at = layer * 2 * shape.num_kv_heads * page
+    many = items_I4.shape[0] * shape.num_kv_heads >= _MANY
     _decode[(items_I4.shape[0], shape.num_kv_heads)](
         q_THD,
         out_THD,
@@ -158,10 +163,10 @@ def decode(
         D=shape.head_dim,
         WIDTH=power_of_two(shape.head_dim, 16),
         BLOCK=shape.block_size,
-        TILE=tile or keys_of_tile(shape),
+        TILE=tile or keys_of_tile(shape, 32 if many else 64),
         CAPPED=softcap is not None,
         WINDOWED=window is not None,
         PRECISION=precision(q_THD.dtype),
-        num_warps=num_warps,
+        num_warps=num_warps or (2 if many else 4),
         num_stages=num_stages,
     )

@@ -123,7 +123,7 @@ def shared(
     softcap: float | None,
     tile: int | None = None,
     num_warps: int = 4,
-    num_stages: int = 3,
+    num_stages: int = 2,
 ) -> None:
     """Partial results of every member, from place `first_part` on: member by member, `splits` each.
 
