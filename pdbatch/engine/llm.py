@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pdbatch.engine.loader import LoadedModel
 
 _TAKEN_AT_ONCE = 256
+_TAKEN_FIRST = 64
+"""While the device has nothing to do yet."""
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or the messages of a chat."""
 
@@ -118,10 +120,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Each round takes some of the requests in, beside the device once that works."""
         outputs: list[RequestOutput | None] = [None] * len(keys)
-        done = 0
+        done, count = 0, _TAKEN_FIRST
         while done < len(keys):
-            for request in islice(requests, _TAKEN_AT_ONCE):
+            for request in islice(requests, count):
                 self.engine.add(request)
+            count = _TAKEN_AT_ONCE
             for event in self.engine.step():
                 if isinstance(event, Finished):
                     for output in event.outputs:

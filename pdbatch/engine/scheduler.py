@@ -181,7 +181,11 @@ class Scheduler:
                 plan.prefills.append(sequence)
 
     def _start_waiting(self, plan: SchedulerOutput) -> None:
-        while self._waiting and len(self.running) < self.max_num_seqs:
+        """Who is in its last step leaves its place already: the device need not wait for that."""
+        if not self._waiting:
+            return
+        most = self.max_num_seqs + sum(s.waits and s.is_ending for s in self.running)
+        while self._waiting and len(self.running) < most:
             left = self.max_num_batched_tokens - plan.num_tokens
             sequence = self._heap[0][1]
             if sequence not in self._waiting:

@@ -222,6 +222,12 @@ class Sequence:
         )
 
     @property
+    def is_ending(self) -> bool:
+        """Whether the token that a step in flight chooses is its last: no step follows."""
+        chosen = self.num_tokens - self.num_prompt_tokens
+        return self.num_pending_tokens > 0 and chosen >= self.request.max_tokens
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose KV is still to be computed; at least 1 while it runs."""
         return self.num_tokens - self.num_computed_tokens

@@ -87,6 +87,27 @@ def test_a_step_is_launched_before_the_tokens_of_the_last_are_looked_at() -> Non
     assert seen == ["launched", *["launched", "retired"] * 3, "retired"]
 
 
+def test_who_is_in_its_last_step_has_left_its_place() -> None:
+    fake = make_engine(run_ahead=True, max_num_seqs=2)
+    seen: list[str] = []
+    execute, retire = fake.model.execute, fake.engine._stepper.retire
+
+    def launched(batch):
+        seen.append(f"{batch.num_decodes}+{len(batch.context_lens) - batch.num_decodes}")
+        return execute(batch)
+
+    def retired():
+        seen.append("-")
+        return retire()
+
+    fake.model.execute = launched
+    fake.engine._stepper.retire = retired
+    fake.engine.handle(Submit([request(key, 5, 3) for key in "abcd"]))
+    assert len(ended(fake)) == 4
+    start, decode = ["0+2", "-"], ["2+0", "-"]
+    assert seen == ["0+2", *decode * 2, *start, *decode * 2, "-"], "never idle"
+
+
 def test_nothing_runs_ahead_of_penalties() -> None:
     fake = make_engine(run_ahead=True)
     most = 0
