@@ -153,7 +153,7 @@ def test_an_engine_killed_ends_its_worker(cluster: Cluster, victim: str) -> None
 
 def test_a_drained_worker_leaves_in_order_and_the_others_go_on(cluster: Cluster) -> None:
     cluster.start("reconciler", "prefill-1", "prefill-2", "decode-1", "decode-2")
-    job = cluster.submit(4000)
+    job = cluster.submit(20_000)  # enough to be under way until both are gone
     for victim in ("decode-1", "prefill-1"):
         before = cluster.done(job)
         cluster.wait("progress", lambda before=before: cluster.done(job) > before + 300)
