@@ -1,0 +1,225 @@
+"""Products with weights of 8 and 4 bits on a GPU, beside bfloat16's: microseconds and shares.
+
+    python benchmarks/narrow_products.py [--sweep]
+
+The four products of a layer of Llama-3-8B, each over so many copies of its weight that no cache
+has one, in a CUDA graph. --sweep tries ways to cut them, compiled by several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import multiprocessing
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from pdbatch.engine.kernels import narrow
+from pdbatch.engine.quantization.packed import pack
+from pdbatch.engine.quantization.rounding import rounded
+
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+"""Outputs and inputs."""
+_CACHE_BYTES = 200e6
+
+
+class Weights:
+    """Copies of one weight in all its forms, too many for a cache."""
+
+    def __init__(self, outputs: int, inputs: int, bits: int) -> None:
+        torch.manual_seed(0)
+        self.plain_NK = torch.randn(outputs, inputs, device="cuda").bfloat16() * inputs**-0.5
+        self.rounded = rounded(self.plain_NK, bits)
+        first = pack(self.rounded)
+        size = sum(part.nbytes for part in first)
+        self.bytes = size
+        self.copies = [
+            (*(part.clone() for part in first), torch.zeros(4096, dtype=torch.int32, device="cuda"))
+            for _ in range(max(2, int(_CACHE_BYTES / size) + 1))
+        ]
+        plain_bytes = self.plain_NK.nbytes
+        self.plains = [
+            self.plain_NK.clone() for _ in range(max(2, int(_CACHE_BYTES / plain_bytes)))
+        ]
+
+
+def graph_us(calls: list[Callable[[], object]], repeats: int = 5) -> float:
+    """Microseconds of one call, of several in a captured graph: the least of some replays."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    best = float("inf")
+    for _ in range(repeats):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        graph.replay()
+        events[1].record()
+        torch.cuda.synchronize()
+        best = min(best, events[0].elapsed_time(events[1]) * 1e3 / len(calls))
+    return best
+
+
+def product_us(weights: Weights, x_MK: torch.Tensor, tiles: narrow.Tiles) -> float:
+    """Of our kernel."""
+    out = x_MK.new_empty(x_MK.shape[0], weights.plain_NK.shape[0])
+    return graph_us(
+        [
+            lambda w=one: narrow.product(x_MK, w[0], w[1], out, tiles, w[2])  # type: ignore[misc]
+            for one in weights.copies
+        ]
+    )
+
+
+def plain_us(weights: Weights, x_MK: torch.Tensor) -> float:
+    """Of cuBLAS in bfloat16."""
+    return graph_us([lambda w=one: F.linear(x_MK, w) for one in weights.plains])  # type: ignore[misc]
+
+
+def widened_us(weights: Weights, x_MK: torch.Tensor) -> float:
+    """Of widening into bfloat16 and cuBLAS."""
+    scratch = torch.empty_like(weights.plain_NK)
+
+    def call(one: tuple[torch.Tensor, ...]) -> None:
+        narrow.widen(one[0], one[1], scratch)
+        F.linear(x_MK, scratch)
+
+    return graph_us([lambda w=one: call(w) for one in weights.copies])  # type: ignore[misc]
+
+
+def torch_us(weights: Weights, x_MK: torch.Tensor, bits: int) -> float | str:
+    """Of torch's own kernel, where it has one here."""
+    outputs, inputs = weights.plain_NK.shape
+    try:
+        if bits == 4:
+            q = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device="cuda")
+            packed = torch.ops.aten._convert_weight_to_int4pack(q, 8)
+            scales = torch.ones(inputs // 128, outputs, 2, device="cuda").bfloat16()
+            copies = [packed.clone() for _ in weights.copies]
+            call = lambda w: torch.ops.aten._weight_int4pack_mm(x_MK, w, 128, scales)  # noqa: E731
+        else:
+            q = torch.zeros(outputs, inputs, dtype=torch.int8, device="cuda")
+            scales = torch.ones(outputs, device="cuda").bfloat16()
+            copies = [q.clone() for _ in weights.copies]
+            call = lambda w: torch.ops.aten._weight_int8pack_mm(x_MK, w, scales)  # noqa: E731
+        return graph_us([lambda w=one: call(w) for one in copies])  # type: ignore[misc]
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).splitlines()[0][:40]
+
+
+def relative_error(weights: Weights, x_MK: torch.Tensor, tiles: narrow.Tiles) -> float:
+    """Of our kernel against float64, as a share of the outputs' spread."""
+    inputs = x_MK.shape[1]
+    want = x_MK.double() @ weights.rounded.numbers(inputs).double().T
+    out = x_MK.new_empty(x_MK.shape[0], weights.plain_NK.shape[0])
+    q, scales, arrived = weights.copies[0]
+    narrow.product(x_MK, q, scales, out, tiles, arrived)
+    assert not arrived.any()
+    return float((out.double() - want).std() / want.std())
+
+
+def _candidates(rows: int) -> list[narrow.Tiles]:
+    """Ways to cut, without shares, which need no compilation of their own."""
+    small = [(64, 4), (128, 4), (128, 8)] if rows <= 32 else [(64, 4), (128, 8)]
+    stages = (3, 5) if rows <= 16 else (3,)
+    return [
+        narrow.Tiles(rows=rows, outputs=outputs, shares=1, swap=swap, warps=warps, stages=stage)
+        for (outputs, warps), swap, stage in itertools.product(small, (False, True), stages)
+        if not (swap and outputs == 64 and warps == 8)
+    ]
+
+
+def _compile(job: tuple[int, narrow.Tiles]) -> float:
+    bits, tiles = job
+    start_s = time.perf_counter()
+    outputs, inputs = 256, 2048
+    q = torch.zeros(16, outputs, 16 * bits, dtype=torch.uint8, device="cuda")
+    kind = torch.int32 if bits == 4 else torch.float32
+    scales = torch.zeros((16, outputs) if bits == 4 else (outputs,), dtype=kind, device="cuda")
+    arrived = torch.zeros(64, dtype=torch.int32, device="cuda")
+    x = torch.zeros(1, inputs, device="cuda").bfloat16()
+    out = torch.empty(1, outputs, device="cuda").bfloat16()
+    for shares in (1, 2):
+        narrow.product(x, q, scales, out, dataclasses.replace(tiles, shares=shares), arrived)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start_s
+
+
+def sweep(row_counts: list[tuple[int, int]]) -> None:
+    """The best cuts of each product, for (rows of a program, rows)."""
+    tiles = dict.fromkeys(one for rows, _ in row_counts for one in _candidates(rows))
+    jobs = list(itertools.product((4, 8), tiles))
+    start_s = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        pool.map(_compile, jobs, chunksize=1)
+    print(f"{len(jobs)} compiled in {time.perf_counter() - start_s:.0f} s", flush=True)
+    for bits, (name, shape) in itertools.product((4, 8), SHAPES.items()):
+        weights = Weights(*shape, bits)
+        for rows, count in row_counts:
+            print(f"wint{bits} {name} rows {count}: {_best(weights, rows, count)}", flush=True)
+
+
+def _best(weights: Weights, rows: int, count: int) -> str:
+    """Times of the best cuts for so many rows, in words."""
+    outputs, inputs = weights.plain_NK.shape
+    x_MK = torch.randn(count, inputs, device="cuda").bfloat16()
+    found = []
+    for one, shares in itertools.product(_candidates(rows), (1, 2, 3, 4, 6, 8, 12, 16)):
+        programs = -(-outputs // one.outputs) * -(-count // rows) * shares
+        if programs > 2500 or (programs < 100 and shares < 16):
+            continue
+        cut = dataclasses.replace(one, shares=shares)
+        found.append((product_us(weights, x_MK, cut), cut))
+    found.sort(key=lambda pair: pair[0])
+    swapped = [min(us for us, cut in found if cut.swap == swap) for swap in (False, True)]
+    shown = [
+        f"{us:.1f}us outputs={c.outputs} shares={c.shares} swap={c.swap:d} warps={c.warps}"
+        f" stages={c.stages}"
+        for us, c in found[:3]
+    ]
+    return (
+        f"bfloat16 {plain_us(weights, x_MK):.1f}us, by swap {swapped[0]:.1f} {swapped[1]:.1f},"
+        f" error {relative_error(weights, x_MK, found[0][1]):.1e}; " + " | ".join(shown)
+    )
+
+
+def table(cut_of: Callable[[int, int, int, int], narrow.Tiles]) -> None:
+    """Our cuts beside bfloat16, widening first, and torch's own, at several numbers of rows."""
+    print("us: bfloat16, ours (GB/s, TFLOP/s), widened first, torch's own; error of ours")
+    for bits, (name, (outputs, inputs)) in itertools.product((4, 8), SHAPES.items()):
+        weights = Weights(outputs, inputs, bits)
+        for count in (1, 4, 16, 64, 512):
+            x_MK = torch.randn(count, inputs, device="cuda").bfloat16()
+            cut = cut_of(bits, count, outputs, inputs)
+            us = product_us(weights, x_MK, cut)
+            own = torch_us(weights, x_MK, bits) if count <= 64 else "-"
+            own = f"{own:.1f}" if isinstance(own, float) else own
+            plain, wide = plain_us(weights, x_MK), widened_us(weights, x_MK)
+            rate, flops = weights.bytes / us / 1e3, 2 * outputs * inputs * count / us / 1e6
+            print(
+                f"wint{bits} {name:7s} {count:4d} rows: {plain:6.1f} {us:6.1f}"
+                f" ({rate:5.0f}, {flops:4.0f}) {wide:6.1f} {own};"
+                f" {relative_error(weights, x_MK, cut):.1e}",
+                flush=True,
+            )
+
+
+def _first_cut(bits: int, rows: int, outputs: int, inputs: int) -> narrow.Tiles:
+    tile = 16 if rows <= 16 else 64
+    shares = max(1, min(16, round(600 * 128 / outputs)))
+    return narrow.Tiles(rows=tile, outputs=128, shares=shares if rows <= 64 else 1, swap=False)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sweep", action="store_true")
+    if parser.parse_args().sweep:
+        sweep([(16, 1), (16, 16), (64, 64)])
+    table(_first_cut)

@@ -1,0 +1,324 @@
+"""Products with weights of 8 or 4 bits that are widened in registers, and the widening alone.
+
+Up to some dozens of rows a product costs what reading its weights costs, so they are read as they
+are kept (`pdbatch.engine.quantization.packed` says how) and become numbers on the way to the
+tensor cores. One program has some outputs and a share of the inputs; of the programs with the same
+outputs the last to finish adds all shares up, always in the same order. What a row gives depends on
+neither the other rows nor on which program came last.
+
+Legend: M rows, N outputs, K inputs, S slabs of 128 inputs, B bytes of a slab, P shares.
+"""
+
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+SLAB: tl.constexpr = tl.constexpr(128)
+
+# 4 bits: the byte's two nibbles become the last bits of the bfloat16 128 (0x4300), which is then
+# 128 + q; the addend is -(128 + zero). All exact. One 32-bit word is four bytes.
+_WIDEN_4: tl.constexpr = tl.constexpr("""
+{
+    .reg .b32 low, high, magic, one, a, b, c, d;
+    mov.b32 magic, 0x43434343;
+    mov.b32 one, 0x3F803F80;
+    and.b32 low, $4, 0x0F0F0F0F;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 a, low, magic, 0x4140;
+    prmt.b32 b, low, magic, 0x4342;
+    prmt.b32 c, high, magic, 0x4140;
+    prmt.b32 d, high, magic, 0x4342;
+    fma.rn.bf16x2 $0, a, one, $5;
+    fma.rn.bf16x2 $1, b, one, $6;
+    fma.rn.bf16x2 $2, c, one, $5;
+    fma.rn.bf16x2 $3, d, one, $6;
+}
+""")
+# 8 bits, two's complement: 128 + the low seven bits, less 128 or (with the sign bit) 256.
+_WIDEN_8: tl.constexpr = tl.constexpr("""
+{
+    .reg .b32 magic, minus, a, b, c, d;
+    mov.b32 magic, 0x43434343;
+    mov.b32 minus, 0xBF80BF80;
+    prmt.b32 a, $2, magic, 0x4140;
+    prmt.b32 b, $2, magic, 0x4342;
+    and.b32 c, a, 0xFF80FF80;
+    and.b32 d, b, 0xFF80FF80;
+    and.b32 a, a, 0xFF7FFF7F;
+    and.b32 b, b, 0xFF7FFF7F;
+    fma.rn.bf16x2 $0, c, minus, a;
+    fma.rn.bf16x2 $1, d, minus, b;
+}
+""")
+
+
+@triton.jit
+def _widened_4(q_NB, addend_N, ASM: tl.constexpr):
+    """Two [N, 64] of bfloat16, q - zero: the first 64 inputs of a slab, and the others."""
+    if ASM:
+        addend_NB = tl.broadcast_to(addend_N[:, None], q_NB.shape)
+        return tl.inline_asm_elementwise(
+            _WIDEN_4,
+            "=r,=r,=r,=r,r,r,r",
+            [q_NB, addend_NB],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        addend_N1 = addend_N.to(tl.float32)[:, None] + 128.0
+        first_NB = (q_NB & 15).to(tl.float32) + addend_N1
+        second_NB = (q_NB >> 4).to(tl.float32) + addend_N1
+        return first_NB.to(tl.bfloat16), second_NB.to(tl.bfloat16)
+
+
+@triton.jit
+def _widened_8(q_NB, ASM: tl.constexpr):
+    """[N, 128] of bfloat16, whole numbers."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _WIDEN_8, "=r,=r,r", [q_NB], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        return q_NB.to(tl.int8, bitcast=True).to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+def _scale_and_addend(words_N):
+    """Of 32-bit words: the scale in the high half, -(128 + zero) in the low one."""
+    scale_N = (words_N & -65536).to(tl.float32, bitcast=True)
+    addend_N = (words_N & 65535).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return scale_N, addend_N
+
+
+@triton.jit
+def _dot(x_MK, w_NK, acc, SWAP: tl.constexpr):
+    """With SWAP [N, M], else [M, N]."""
+    if SWAP:
+        return tl.dot(w_NK, tl.trans(x_MK), acc)
+    else:
+        return tl.dot(x_MK, tl.trans(w_NK), acc)
+
+
+@triton.jit
+def _scaled(acc, scale_N, SWAP: tl.constexpr):
+    if SWAP:
+        return acc * scale_N[:, None]
+    else:
+        return acc * scale_N[None, :]
+
+
+@triton.jit(do_not_specialize=["count_M", "slabs", "shares"])
+def _product(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    share_ptr,
+    arrived_ptr,
+    count_M,
+    count_N,
+    count_K,
+    slabs,
+    shares,
+    x_row,
+    out_row,
+    alpha,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    ADDED: tl.constexpr,
+    BIASED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SHARED: tl.constexpr,
+    SWAP: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    BYTES: tl.constexpr = SLAB * BITS // 8
+    tile_N, share, tile_M = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_N = tile_N * OUTPUTS + tl.arange(0, OUTPUTS)
+    m_M = tile_M * ROWS + tl.arange(0, ROWS)
+    real_N, real_M = n_N < count_N, m_M < count_M
+    b_B = tl.arange(0, BYTES)
+    q_NB_ptr = q_ptr + n_N[:, None] * BYTES + b_B[None, :]
+    x_MB_ptr = x_ptr + m_M[:, None].to(tl.int64) * x_row + b_B[None, :]
+    acc = tl.zeros([OUTPUTS, ROWS] if SWAP else [ROWS, OUTPUTS], tl.float32)
+    wide = tl.full([], 0, tl.int64) + count_N
+    first, last = share * slabs // shares, (share + 1) * slabs // shares
+    for slab in tl.range(first, last, num_stages=STAGES):
+        at = slab * wide
+        if WHOLE:
+            q_NB = tl.load(q_NB_ptr + at * BYTES)
+        else:
+            q_NB = tl.load(q_NB_ptr + at * BYTES, mask=real_N[:, None], other=0)
+        begin = slab * SLAB
+        seen_MB = real_M[:, None] & (begin + b_B < count_K)[None, :]
+        if WHOLE:
+            seen_MB = tl.broadcast_to(real_M[:, None], seen_MB.shape)
+        x_MB = tl.load(x_MB_ptr + begin, mask=seen_MB, other=0.0)
+        if BITS == 8:
+            acc = _dot(x_MB, _widened_8(q_NB, ASM), acc, SWAP)
+        else:
+            words_N = tl.load(scale_ptr + at + n_N, mask=real_N, other=0)
+            scale_N, addend_N = _scale_and_addend(words_N)
+            first_NB, second_NB = _widened_4(q_NB, addend_N, ASM)
+            if not WHOLE:
+                seen_MB = real_M[:, None] & (begin + BYTES + b_B < count_K)[None, :]
+            others_MB = tl.load(x_MB_ptr + begin + BYTES, mask=seen_MB, other=0.0)
+            group = _dot(x_MB, first_NB, tl.zeros_like(acc), SWAP)
+            group = _dot(others_MB, second_NB, group, SWAP)
+            acc += _scaled(group, scale_N, SWAP)
+    if BITS == 8:
+        acc = _scaled(acc, tl.load(scale_ptr + n_N, mask=real_N, other=0.0), SWAP)
+    out_MN = tl.trans(acc) if SWAP else acc
+    seen_MN = real_M[:, None] & real_N[None, :]
+    is_last = not SHARED
+    if SHARED:
+        share_MN_ptr = share_ptr + m_M[:, None] * wide + n_N[None, :]
+        tl.store(share_MN_ptr + share * count_M * wide, out_MN, mask=seen_MN)
+        tl.debug_barrier()
+        arrived = arrived_ptr + tile_M * tl.num_programs(0) + tile_N
+        is_last = tl.atomic_add(arrived, 1, sem="acq_rel") == shares - 1
+        if is_last:
+            tl.debug_barrier()
+            out_MN = tl.zeros([ROWS, OUTPUTS], tl.float32)
+            for other in range(shares):
+                other_MN_ptr = share_MN_ptr + other * count_M * wide
+                out_MN += tl.load(other_MN_ptr, mask=seen_MN, other=0.0, cache_modifier=".cg")
+            tl.atomic_xchg(arrived, 0, sem="relaxed")
+    if is_last:
+        out_MN_ptr = out_ptr + m_M[:, None].to(tl.int64) * out_row + n_N[None, :]
+        if BIASED:
+            out_MN += tl.load(bias_ptr + n_N, mask=real_N, other=0.0).to(tl.float32)[None, :]
+        if ADDED:
+            old_MN = tl.load(out_MN_ptr, mask=seen_MN, other=0.0).to(tl.float32)
+            out_MN = old_MN + alpha * out_MN
+        tl.store(out_MN_ptr, out_MN.to(out_ptr.dtype.element_ty), mask=seen_MN)
+
+
+@triton.jit
+def _widen(
+    q_ptr,
+    scale_ptr,
+    out_ptr,
+    count_N,
+    count_K,
+    BITS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    BYTES: tl.constexpr = SLAB * BITS // 8
+    slab = tl.program_id(0)
+    n_N = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    real_N = n_N < count_N
+    b_B = tl.arange(0, BYTES)
+    at = slab.to(tl.int64) * count_N
+    q_ptr += at * BYTES
+    q_NB = tl.load(q_ptr + n_N[:, None] * BYTES + b_B[None, :], mask=real_N[:, None], other=0)
+    k_B = slab * SLAB + b_B
+    out_NB_ptr = out_ptr + n_N[:, None].to(tl.int64) * count_K + k_B[None, :]
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    if BITS == 8:
+        scale_N = tl.load(scale_ptr + n_N, mask=real_N, other=0.0)
+        out_NB = (_widened_8(q_NB, ASM).to(tl.float32) * scale_N[:, None]).to(kind)
+        tl.store(out_NB_ptr, out_NB, mask=real_N[:, None] & (k_B < count_K)[None, :])
+    else:
+        scale_N, addend_N = _scale_and_addend(tl.load(scale_ptr + at + n_N, mask=real_N, other=0))
+        first_NB, second_NB = _widened_4(q_NB, addend_N, ASM)
+        first_NB = (first_NB.to(tl.float32) * scale_N[:, None]).to(kind)
+        second_NB = (second_NB.to(tl.float32) * scale_N[:, None]).to(kind)
+        tl.store(out_NB_ptr, first_NB, mask=real_N[:, None] & (k_B < count_K)[None, :])
+        k_B += BYTES
+        tl.store(out_NB_ptr + BYTES, second_NB, mask=real_N[:, None] & (k_B < count_K)[None, :])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """How a product is cut."""
+
+    rows: int
+    """Of the input, in a program: a power of two from 16."""
+    outputs: int
+    """In a program: a power of two."""
+    shares: int
+    """Programs among which a program's inputs are divided."""
+    swap: bool
+    """Whether outputs, not rows, are the tensor cores' first dimension."""
+    warps: int = 4
+    stages: int = 4
+
+
+def product(
+    x_MK: torch.Tensor,
+    q_SNB: torch.Tensor,
+    scales: torch.Tensor,
+    out_MN: torch.Tensor,
+    tiles: Tiles,
+    arrived: torch.Tensor,
+    *,
+    bias_N: torch.Tensor | None = None,
+    alpha: float | None = None,
+) -> None:
+    """out = x @ w.T + bias; with `alpha`, out += alpha * (that).
+
+    `q_SNB`, `scales` and `arrived` are a `PackedWeight`'s; `arrived` is zero before and after.
+    x is bfloat16 with its inputs one beside the other.
+    """
+    rows, inputs = x_MK.shape
+    slabs, outputs, width = q_SNB.shape
+    shares = min(tiles.shares, slabs)
+    grid = (triton.cdiv(outputs, tiles.outputs), shares, triton.cdiv(rows, tiles.rows))
+    parts = out_MN if shares == 1 else x_MK.new_empty(shares, rows, outputs, dtype=torch.float32)
+    _product[grid](
+        x_MK,
+        q_SNB,
+        scales,
+        out_MN if bias_N is None else bias_N,
+        out_MN,
+        parts,
+        arrived,
+        rows,
+        outputs,
+        inputs,
+        slabs,
+        shares,
+        x_MK.stride(0),
+        out_MN.stride(0),
+        1.0 if alpha is None else alpha,
+        BITS=width // 16,
+        ROWS=tiles.rows,
+        OUTPUTS=tiles.outputs,
+        ADDED=alpha is not None,
+        BIASED=bias_N is not None,
+        WHOLE=inputs % 128 == 0 and outputs % tiles.outputs == 0,
+        SHARED=shares > 1,
+        SWAP=tiles.swap,
+        STAGES=tiles.stages,
+        ASM=x_MK.is_cuda,
+        num_warps=tiles.warps,
+    )
+
+
+def widen(q_SNB: torch.Tensor, scales: torch.Tensor, out_NK: torch.Tensor) -> None:
+    """The weight as numbers, rounded to the output's dtype."""
+    slabs, outputs, width = q_SNB.shape
+    _widen[(slabs, triton.cdiv(outputs, 64))](
+        q_SNB,
+        scales,
+        out_NK,
+        outputs,
+        out_NK.shape[1],
+        BITS=width // 16,
+        OUTPUTS=64,
+        ASM=q_SNB.is_cuda,
+        num_warps=4,
+    )

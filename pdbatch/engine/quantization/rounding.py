@@ -1,0 +1,98 @@
+"""Weights rounded to whole numbers of 8 or 4 bits, without data.
+
+    wint8   w ≈ scale * q             a scale for each output, q in -127..127
+    wint4   w ≈ scale * (q - zero)    scale and zero for each output and 128 inputs, q in 0..15
+
+A scale is chosen by the sum of squared errors it leaves, out of some that cut the range: a few
+outermost weights are then rounded by more than half a step, and all others by less.
+
+Legend: N outputs, K inputs, S slabs of 128 inputs (the last one padded with zeros).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+SLAB = 128
+"""Inputs that share a scale in wint4, and that a kernel takes at a time."""
+_SHARES_8 = (1.0, 0.97, 0.94)
+_SHARES_4 = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_ROWS_AT_ONCE = 2048
+
+
+class Rounded(NamedTuple):
+    """Whole numbers and what they stand for."""
+
+    q_NSK: torch.Tensor
+    """[N, S, 128]: int8 (wint8) or uint8 (wint4)."""
+    scale: torch.Tensor
+    """[N, 1] float32 (wint8) or [N, S] bfloat16 (wint4)."""
+    zero_NS: torch.Tensor | None
+    """uint8; None for wint8, whose zero is 0."""
+
+    def numbers(self, inputs: int) -> torch.Tensor:
+        """[N, inputs] in float32: what the weights have become."""
+        q_NSK = self.q_NSK.float()
+        if self.zero_NS is not None:
+            q_NSK = q_NSK - self.zero_NS[..., None]
+        return (q_NSK * self.scale.float()[..., None]).flatten(1)[:, :inputs].contiguous()
+
+
+def rounded(weight_NK: torch.Tensor, bits: int) -> Rounded:
+    """The nearest numbers of 8 or 4 bits; a bounded number of rows at a time is in float32."""
+    some = _four if bits == 4 else _eight
+    parts = [some(_slabs(rows)) for rows in weight_NK.split(_ROWS_AT_ONCE)]
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [part.zero_NS for part in parts if part.zero_NS is not None]
+    return Rounded(
+        torch.cat([part.q_NSK for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zeros) if zeros else None,
+    )
+
+
+def _slabs(weight_NK: torch.Tensor) -> torch.Tensor:
+    """[N, S, 128] in float32."""
+    padded = torch.nn.functional.pad(weight_NK.float(), (0, -weight_NK.shape[1] % SLAB))
+    return padded.unflatten(1, (-1, SLAB))
+
+
+def _eight(w_NSK: torch.Tensor) -> Rounded:
+    most_N1 = w_NSK.abs().amax((1, 2))[:, None].clamp_min(torch.finfo(torch.bfloat16).tiny)
+    best: torch.Tensor | None = None
+    for share in _SHARES_8:
+        scale_N1 = most_N1 * (share / 127)
+        q_NSK = (w_NSK / scale_N1[..., None]).round_().clamp_(-127, 127)
+        error_N1 = (q_NSK * scale_N1[..., None] - w_NSK).square_().sum((1, 2))[:, None]
+        if best is None:
+            best, q, scale = error_N1, q_NSK.to(torch.int8), scale_N1
+            continue
+        better_N1 = error_N1 < best
+        best = torch.minimum(best, error_N1)
+        q = torch.where(better_N1[..., None], q_NSK.to(torch.int8), q)
+        scale = torch.where(better_N1, scale_N1, scale)
+    return Rounded(q, scale, None)
+
+
+def _four(w_NSK: torch.Tensor) -> Rounded:
+    low_NS, high_NS = w_NSK.amin(2).clamp_max(0), w_NSK.amax(2).clamp_min(0)
+    best: torch.Tensor | None = None
+    for share in _SHARES_4:
+        step_NS = ((high_NS - low_NS) * (share / 15)).clamp_min(torch.finfo(torch.bfloat16).tiny)
+        scale_NS = step_NS.bfloat16()
+        wide_NS1 = scale_NS.float()[..., None]
+        zero_NS = (low_NS * -share / wide_NS1[..., 0]).round_().clamp_(0, 15)
+        q_NSK = (w_NSK / wide_NS1).round_().add_(zero_NS[..., None]).clamp_(0, 15)
+        error_NS = ((q_NSK - zero_NS[..., None]) * wide_NS1 - w_NSK).square_().sum(2)
+        if best is None:
+            best, q, scale, zero = error_NS, q_NSK.byte(), scale_NS, zero_NS.byte()
+            continue
+        better_NS = error_NS < best
+        best = torch.minimum(best, error_NS)
+        q = torch.where(better_NS[..., None], q_NSK.byte(), q)
+        scale = torch.where(better_NS, scale_NS, scale)
+        zero = torch.where(better_NS, zero_NS.byte(), zero)
+    return Rounded(q, scale, zero)

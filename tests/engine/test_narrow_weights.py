@@ -1,0 +1,54 @@
+"""Weights of 8 and 4 bits: their rounding, their layout, and the kernels against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pdbatch.engine.quantization.packed import pack, unpack
+from pdbatch.engine.quantization.rounding import Rounded, rounded
+
+pytestmark = pytest.mark.parametrize("bits", [8, 4])
+
+
+def _weight(outputs: int, inputs: int) -> torch.Tensor:
+    torch.manual_seed(outputs + inputs)
+    return torch.randn(outputs, inputs) * torch.rand(outputs, 1)
+
+
+def test_no_weight_moves_further_than_its_range_says(bits: int) -> None:
+    weight = _weight(40, 300)
+    made = rounded(weight, bits).numbers(300)
+    error = (made - weight).square().sum(1)
+    if bits == 8:
+        step = weight.abs().amax(1) / 127
+        assert (error <= 300 * (step / 2) ** 2 * 1.01).all()
+    else:
+        step = (weight.amax(1) - weight.amin(1)) / 15
+        assert (error <= 300 * (step * 0.6) ** 2).all()
+    assert error.sum() < weight.square().sum() * (1e-4 if bits == 8 else 1.2e-2)
+
+
+def test_what_the_grid_holds_stays_as_it_is(bits: int) -> None:
+    torch.manual_seed(1)
+    q = torch.randint(-127, 128, (8, 256)) if bits == 8 else torch.randint(0, 16, (8, 256)) - 5
+    q[:, ::128], q[:, 1::128] = (127, -127) if bits == 8 else (10, -5)
+    weight = q * 0.03125
+    assert torch.equal(rounded(weight, bits).numbers(256), weight)
+
+
+def test_weights_of_zero_stay_zero(bits: int) -> None:
+    weight = _weight(6, 256)
+    weight[2], weight[:, 128:] = 0, 0
+    made = rounded(weight, bits).numbers(256)
+    assert made[2].count_nonzero() == made[:, 128:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("shape", [(40, 300), (2100, 128), (1, 7)])
+def test_packing_loses_nothing(shape: tuple[int, int], bits: int) -> None:
+    one = rounded(_weight(*shape), bits)
+    two = unpack(*pack(one))
+    assert isinstance(two, Rounded)
+    assert torch.equal(one.q_NSK, two.q_NSK)
+    assert torch.equal(one.scale, two.scale)
+    assert torch.equal(one.numbers(shape[1]), two.numbers(shape[1]))

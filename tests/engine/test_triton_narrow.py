@@ -1,0 +1,74 @@
+"""Products with weights of 8 and 4 bits: the kernels against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_machine import DEVICE, marks
+
+from pdbatch.engine.kernels import narrow
+from pdbatch.engine.quantization.packed import pack
+from pdbatch.engine.quantization.rounding import rounded
+
+pytestmark = [*marks, pytest.mark.parametrize("bits", [8, 4])]
+SHAPES = [(64, 256, 1, 1), (192, 640, 5, 2), (100, 300, 16, 3), (64, 1024, 40, 4)]
+"""Outputs, inputs, rows, shares."""
+
+
+def _made(outputs: int, inputs: int, rows: int, bits: int):
+    torch.manual_seed(outputs + inputs)
+    one = rounded(torch.randn(outputs, inputs), bits)
+    x = torch.randn(rows, inputs).bfloat16()
+    want = x.double() @ one.numbers(inputs).double().T
+    return x.to(DEVICE), [part.to(DEVICE) for part in pack(one)], want, one
+
+
+def _product(x, packed, out, tiles, **how) -> None:
+    arrived = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    narrow.product(x, *packed, out, tiles, arrived, **how)
+    assert arrived.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product(shape: tuple[int, int, int, int], swap: bool, bits: int) -> None:
+    outputs, inputs, rows, shares = shape
+    x, packed, want, _ = _made(outputs, inputs, rows, bits)
+    tiles = narrow.Tiles(rows=16, outputs=64, shares=shares, swap=swap)
+    out = torch.empty(rows, outputs, dtype=torch.bfloat16, device=DEVICE)
+    _product(x, packed, out, tiles)
+    close = {"rtol": 1e-2, "atol": 1e-2 * inputs**0.5}
+    torch.testing.assert_close(out.cpu().double(), want, **close)
+    assert (out.cpu().double() - want).std() < 4e-3 * want.std()
+
+
+def test_bias_and_sum_into_what_is_there(bits: int) -> None:
+    x, packed, want, _ = _made(64, 256, 3, bits)
+    bias, old = (torch.randn(n, 64, device=DEVICE).bfloat16() for n in (1, 3))
+    out = old.clone()
+    tiles = narrow.Tiles(rows=16, outputs=64, shares=2, swap=False)
+    _product(x, packed, out, tiles, bias_N=bias[0], alpha=0.5)
+    want = old.cpu().double() + 0.5 * (want + bias.cpu().double())
+    torch.testing.assert_close(out.cpu().double(), want, rtol=1e-2, atol=5e-2)
+
+
+def test_a_row_gives_the_same_whatever_the_others_are(bits: int) -> None:
+    x, packed, _, _ = _made(64, 512, 16, bits)
+    tiles = narrow.Tiles(rows=16, outputs=64, shares=2, swap=False)
+    out = torch.empty(16, 64, dtype=torch.bfloat16, device=DEVICE)
+    _product(x, packed, out, tiles)
+    for row in (0, 9):
+        alone = torch.empty(1, 64, dtype=torch.bfloat16, device=DEVICE)
+        _product(x[row : row + 1], packed, alone, tiles)
+        assert torch.equal(alone[0], out[row])
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (100, 300)])
+def test_widening(shape: tuple[int, int], bits: int) -> None:
+    outputs, inputs = shape
+    _, packed, _, one = _made(outputs, inputs, 1, bits)
+    for dtype in (torch.bfloat16, torch.float32):
+        out = torch.empty(outputs, inputs, dtype=dtype, device=DEVICE)
+        narrow.widen(*packed, out)
+        want = one.numbers(inputs).to(dtype)
+        torch.testing.assert_close(out.cpu(), want, rtol=8e-3, atol=0)
