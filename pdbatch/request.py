@@ -95,7 +95,7 @@ class RequestError(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     code: str
     """`invalid_request`, `context_length_exceeded`, `line_too_long`, `invalid_json`,
-    `duplicate_custom_id`, `batch_failed`, `batch_cancelled`, `batch_expired`, …"""
+    `duplicate_custom_id`, `out_of_memory`, `batch_failed`, `batch_cancelled`, `batch_expired`, …"""
     message: str
     """One sentence, with the remedy at its end."""
     param: str | None = None

@@ -6,6 +6,7 @@ Contract, for the scheduler and for adoptions:
     grow       a running sequence gets the block that its next token needs, or nothing happens
     commit     called when tokens are scheduled, or become known after that: full blocks can be
                found from now on
+    uncommit   they were not computed after all: what was committed for them is not found
     fork       a second output shares the first one's full blocks and gets a copy of the last
     free       everything goes back; what is full can still be found
 
@@ -97,6 +98,12 @@ class BlockManager:
         for at in range(first, full):
             self.pool.register(sequence.block_table[at], hashes[at])
         sequence.num_registered_blocks = full
+
+    def uncommit(self, sequence: Sequence) -> None:
+        """What lies behind the computed tokens was not written: it cannot be found any more."""
+        full = sequence.num_computed_tokens // self.block_size
+        self.pool.forget(sequence.block_table[full:])
+        sequence.num_registered_blocks = min(sequence.num_registered_blocks, full)
 
     def fork(self, parent: Sequence, child: Sequence) -> tuple[BlockId, BlockId] | None:
         """Give `child` the KV that `parent` has computed; what is to be copied (from, to).

@@ -117,6 +117,13 @@ class BlockPool:
         """True if nobody holds it."""
         return self._references[block] == 0
 
+    def forget(self, blocks: Iterable[BlockId]) -> None:
+        """These used blocks' content cannot be found from now on."""
+        for block in blocks:
+            if self._references[block] == 0:
+                raise InvariantError(f"block {block} is forgotten while nobody holds it")
+            self._forget(block)
+
     def forget_all(self) -> None:
         """No content can be found from now on; used blocks stay used."""
         for block in list(self._block_of.values()):

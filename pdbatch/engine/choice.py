@@ -75,6 +75,7 @@ class Choice:
         """One token for each row."""
         if self._event is not None:
             self._event.synchronize()
+        self.corrected = []  # a fetch that ran out of memory is tried again
         chosen, *unsure = self._host.tolist()
         if self._asked is not None and unsure and any(unsure[0]):
             self._choose_again([s for s, mark in enumerate(unsure[0]) if mark], chosen, self._asked)

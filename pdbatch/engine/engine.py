@@ -24,7 +24,8 @@ Step N + 1 names a token that N chooses by its place on the device. A sequence i
 N ends it for its length, or if its token must be looked at first (a fork, a hand-off). One
 that ends by N's token, or is aborted, is in N + 1 in vain; its blocks are N + 1's until that is
 retired. Before what needs all tokens known (a preemption, penalties, log-probabilities) `settle`
-retires what is in flight.
+retires what is in flight. A step for which the device has no memory is taken back, and smaller ones
+follow (`shortage`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from pdbatch.engine.config import Role
 from pdbatch.engine.events import Outbox
 from pdbatch.engine.fences import Mark, over
 from pdbatch.engine.lifecycle import Lifecycle
+from pdbatch.engine.memory import is_shortage, release_unused
 from pdbatch.engine.messages import (
     Abort,
     Adopt,
@@ -63,6 +65,7 @@ from pdbatch.engine.ports import (
 )
 from pdbatch.engine.scheduler import Scheduler
 from pdbatch.engine.sequence import ActiveRequest
+from pdbatch.engine.shortage import Remedies, Shortage
 from pdbatch.engine.stepper import ModelSide, Stepper
 from pdbatch.errors import InvariantError
 
@@ -129,6 +132,15 @@ class Engine:
             worker=worker,
             keep_prompts=keep_prompts,
             clock=clock,
+        )
+        remedies = Remedies(
+            is_shortage=is_shortage,
+            release=release_unused,
+            start_over=self._start_over,
+            fail=self._fail_for_memory,
+        )
+        self._shortage = Shortage(
+            self.scheduler, self._stepper, remedies if ranks is None else None
         )
         self._dropped: list[str] | None = None
         """While draining: what was dropped so far."""
@@ -241,9 +253,7 @@ class Engine:
             self._collect()
             self._compute()
         except BaseException:
-            self._stepper.drop()
-            self._blocks.pool.forget_all()
-            self._life.start_over()
+            self._start_over()
             raise
         if self._dropped is not None and not self._life.open and not self._pulls:
             self._out.other.append(Drained(dropped=self._dropped))
@@ -255,7 +265,16 @@ class Engine:
     def settle(self) -> None:
         """Retire what is in flight: all tokens are known then, ended sequences hold nothing."""
         while self._stepper.flights:
-            self._life.advance(self._stepper.retire())
+            self._life.advance(self._shortage.retire())
+
+    def _start_over(self) -> None:
+        self._stepper.drop()
+        self._blocks.pool.forget_all()
+        self._life.start_over()
+
+    def _fail_for_memory(self, request: ActiveRequest) -> None:
+        message = "the device had no memory for it, even alone; lower gpu_memory_utilization"
+        self._life.fail(request, "out_of_memory", message)
 
     def _collect(self) -> None:
         """Ended pulls, new pulls."""
@@ -276,17 +295,18 @@ class Engine:
             self._out.preemptions += self.scheduler.preempt_last()
         plan = self.scheduler.schedule(may_start=self._may_start())
         self._out.preemptions += len(plan.preempted)
+        launched = False
         if plan.num_tokens:
             for sequence in plan.started:
                 self._life.start(sequence)
-            self._stepper.launch(plan)
+            launched = self._shortage.launch(plan)
             if self._run_ahead:
                 self.scheduler.prepare(_PREPARED_AT_ONCE)
-            self._out.steps += 1
+            self._out.steps += launched
             self._progress = True
-        ahead = 1 if self._run_ahead and plan.num_tokens else 0
+        ahead = 1 if self._run_ahead and launched else 0
         while len(flights) > ahead:
-            self._life.advance(self._stepper.retire())
+            self._life.advance(self._shortage.retire())
             self._progress = True
         if flights and not flights[-1].alive:
             self.settle()

@@ -3,8 +3,8 @@
 Graphs are captured before the first request (`rehearse`), the largest first: the others share its
 memory, since no two run at a time. One that was not is captured when a batch of its size and
 kind first comes: that step runs operation by operation, which also compiles what it needs, and is
-then captured for those that follow. A batch between two rungs is padded to the upper one: padded
-rows write nowhere and have no keys.
+then captured for those that follow, until a capture finds no memory. A batch between two rungs is
+padded to the upper one: padded rows write nowhere and have no keys.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from pdbatch.engine import rehearsal
 from pdbatch.engine.attention import decodes, prepare
+from pdbatch.engine.memory import is_shortage
 from pdbatch.engine.model_input import ModelInput
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class DecodeGraphs:
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._broken = False
+        self._full = False
+        """No memory was left for another graph."""
 
     @property
     def count(self) -> int:
@@ -68,6 +71,8 @@ class DecodeGraphs:
         if graph is None:
             step = self._captured.step(batch, plan, rows)
             hidden_RC = self._run(step)
+            if self._full:
+                return hidden_RC
             self._capture(step, rows, plan.kind, hidden_RC)
             return hidden_RC
         graph.replay()
@@ -98,6 +103,10 @@ class DecodeGraphs:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
+            if is_shortage(error) or is_shortage(error.__context__):
+                self._full = True
+                logger.warning("no memory for more than %d graphs of decodes", self.count)
+                return
             self._broken = True
             reason = str(error).splitlines()[0]
             logger.warning("decodes run without CUDA graphs, which this model refuses: %s", reason)

@@ -20,7 +20,7 @@ from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.events import Outbox
 from pdbatch.engine.model_input import SampledToken
 from pdbatch.engine.outgoing import Outgoing
-from pdbatch.engine.outputs import advance, result
+from pdbatch.engine.outputs import advance, failure, result
 from pdbatch.engine.payload import sampled_token
 from pdbatch.engine.ports import PullResult
 from pdbatch.engine.scheduler import Scheduler
@@ -126,6 +126,14 @@ class Lifecycle:
                 sequence.waits = False
                 if sequence.state is SequenceState.RUNNING:
                     self._scheduler.preempt(sequence)
+
+    def fail(self, request: ActiveRequest, code: str, message: str) -> None:
+        """End an open request with an error that is no mistake of the user's."""
+        request.dropped = True
+        self._remove_sequences(request)
+        del self.open[request.key]
+        worker = request.prefill_worker
+        self._out.finished.append(failure(request.key, code, message, worker=worker, status=None))
 
     def drop(self, key: str) -> None:
         """Forget a request that runs, waits, is being read, or was refused just now."""

@@ -71,10 +71,16 @@ def result(request: ActiveRequest, tokenizer: TextSource, *, decode_worker: str)
 
 
 def failure(
-    key: str, code: str, message: str, *, param: str | None = None, worker: str = ""
+    key: str,
+    code: str,
+    message: str,
+    *,
+    param: str | None = None,
+    worker: str = "",
+    status: int | None = 400,
 ) -> RequestOutput:
-    """The result of a request that cannot run: the user's mistake, status 400."""
-    error = RequestError(code=code, message=message, param=param, status=400)
+    """The result of a request that cannot run: the user's mistake, unless `status` says else."""
+    error = RequestError(code=code, message=message, param=param, status=status)
     return RequestOutput(key=key, error=error, prefill_worker=worker)
 
 

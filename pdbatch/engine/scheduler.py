@@ -132,6 +132,15 @@ class Scheduler:
         self.blocks.free(sequence)
         self.add(sequence)
 
+    def take_back(self, plan: SchedulerOutput) -> None:
+        """The plan is not computed after all: who began in it waits again, the others go on as
+        before, and nobody finds blocks that it was to write."""
+        for sequence in plan.sequences:
+            sequence.num_scheduled_tokens = 0
+            self.blocks.uncommit(sequence)
+        for sequence in plan.started:
+            self.preempt(sequence)
+
     @property
     def must_preempt(self) -> bool:
         """Whether the decodes that could run now would need more blocks than are free."""

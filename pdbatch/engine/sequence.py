@@ -98,7 +98,7 @@ class ActiveRequest:
         self.num_cached_tokens = 0
         self.started = False
         self.dropped = False
-        """Aborted, or here again: tokens that steps in flight choose for it are nobody's."""
+        """Aborted, failed, or here again: tokens that steps in flight choose are nobody's."""
         self.handed_over = False
         """True once it came from or left for another engine."""
         self.prefill_worker = ""

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.blocks import BlockPool
@@ -263,6 +264,7 @@ def make_engine(
     published: dict[str, Published] | None = None,
     run_ahead: bool = False,
     guesses: bool = False,
+    ranks: Any = None,
 ) -> FakeEngine:
     model = FakeModel(num_blocks, block_size)
     model.guesses = guesses
@@ -307,5 +309,6 @@ def make_engine(
         pinned_share=pinned_share,
         run_ahead=run_ahead,
         mark=model.mark,
+        ranks=ranks,
     )
     return FakeEngine(engine, model, transfers, blocks)

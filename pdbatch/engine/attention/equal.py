@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pdbatch.engine.memory import is_shortage
+
 logger = logging.getLogger(__name__)
 
 _OFTEN = 3
@@ -65,6 +67,8 @@ class EqualPrompts:
                     q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
                 )
         except RuntimeError as error:
+            if is_shortage(error):
+                raise
             self._broken = True
             reason = str(error).splitlines()[0]
             logger.warning("equal prompts are attended to without cuDNN: %s", reason)
