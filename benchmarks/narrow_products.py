@@ -1,6 +1,6 @@
 """Products with weights of 8 and 4 bits on a GPU, beside bfloat16's: microseconds and shares.
 
-    python benchmarks/narrow_products.py [--sweep]
+    python benchmarks/narrow_products.py [--sweep TILE:ROWS …]
 
 The four products of a layer of Llama-3-8B, each over so many copies of its weight that no cache
 has one, in a CUDA graph. --sweep tries ways to cut them, compiled by several processes.
@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from pdbatch.engine.kernels import narrow
+from pdbatch.engine.quantization.cuts import cut
 from pdbatch.engine.quantization.packed import pack
 from pdbatch.engine.quantization.rounding import rounded
 
@@ -58,7 +61,7 @@ def graph_us(calls: list[Callable[[], object]], repeats: int = 5) -> float:
             call()
     best = float("inf")
     for _ in range(repeats):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events: list[Any] = [_event() for _ in range(2)]
         events[0].record()
         graph.replay()
         events[1].record()
@@ -67,49 +70,57 @@ def graph_us(calls: list[Callable[[], object]], repeats: int = 5) -> float:
     return best
 
 
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def product_us(weights: Weights, x_MK: torch.Tensor, tiles: narrow.Tiles) -> float:
     """Of our kernel."""
     out = x_MK.new_empty(x_MK.shape[0], weights.plain_NK.shape[0])
+    part = functools.partial
     return graph_us(
         [
-            lambda w=one: narrow.product(x_MK, w[0], w[1], out, tiles, w[2])  # type: ignore[misc]
-            for one in weights.copies
+            part(narrow.product, x_MK, q, scales, out, tiles, arrived)
+            for q, scales, arrived in weights.copies
         ]
     )
 
 
 def plain_us(weights: Weights, x_MK: torch.Tensor) -> float:
     """Of cuBLAS in bfloat16."""
-    return graph_us([lambda w=one: F.linear(x_MK, w) for one in weights.plains])  # type: ignore[misc]
+    return graph_us([functools.partial(F.linear, x_MK, one) for one in weights.plains])
 
 
 def widened_us(weights: Weights, x_MK: torch.Tensor) -> float:
     """Of widening into bfloat16 and cuBLAS."""
     scratch = torch.empty_like(weights.plain_NK)
 
-    def call(one: tuple[torch.Tensor, ...]) -> None:
-        narrow.widen(one[0], one[1], scratch)
+    def call(q: torch.Tensor, scales: torch.Tensor) -> None:
+        narrow.widen(q, scales, scratch)
         F.linear(x_MK, scratch)
 
-    return graph_us([lambda w=one: call(w) for one in weights.copies])  # type: ignore[misc]
+    return graph_us([functools.partial(call, q, scales) for q, scales, _ in weights.copies])
 
 
 def torch_us(weights: Weights, x_MK: torch.Tensor, bits: int) -> float | str:
     """Of torch's own kernel, where it has one here."""
     outputs, inputs = weights.plain_NK.shape
+    ops: Any = torch.ops.aten
+    more: tuple[Any, ...]
     try:
         if bits == 4:
             q = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device="cuda")
-            packed = torch.ops.aten._convert_weight_to_int4pack(q, 8)
+            packed = ops._convert_weight_to_int4pack(q, 8)
             scales = torch.ones(inputs // 128, outputs, 2, device="cuda").bfloat16()
-            copies = [packed.clone() for _ in weights.copies]
-            call = lambda w: torch.ops.aten._weight_int4pack_mm(x_MK, w, 128, scales)  # noqa: E731
+            product, more = ops._weight_int4pack_mm, (128, scales)
         else:
-            q = torch.zeros(outputs, inputs, dtype=torch.int8, device="cuda")
-            scales = torch.ones(outputs, device="cuda").bfloat16()
-            copies = [q.clone() for _ in weights.copies]
-            call = lambda w: torch.ops.aten._weight_int8pack_mm(x_MK, w, scales)  # noqa: E731
-        return graph_us([lambda w=one: call(w) for one in copies])  # type: ignore[misc]
+            packed = torch.zeros(outputs, inputs, dtype=torch.int8, device="cuda")
+            product, more = (
+                ops._weight_int8pack_mm,
+                (torch.ones(outputs, device="cuda").bfloat16(),),
+            )
+        copies = [packed.clone() for _ in weights.copies]
+        return graph_us([functools.partial(product, x_MK, one, *more) for one in copies])
     except (RuntimeError, NotImplementedError) as error:
         return str(error).splitlines()[0][:40]
 
@@ -128,7 +139,8 @@ def relative_error(weights: Weights, x_MK: torch.Tensor, tiles: narrow.Tiles) ->
 def _candidates(rows: int) -> list[narrow.Tiles]:
     """Ways to cut, without shares, which need no compilation of their own."""
     small = [(64, 4), (128, 4), (128, 8)] if rows <= 32 else [(64, 4), (128, 8)]
-    stages = (3, 5) if rows <= 16 else (3,)
+    small = [(64, 4), (128, 8), (256, 8)] if rows >= 128 else small
+    stages = (3, 5) if rows <= 16 else (3, 4) if rows <= 32 else (3,)
     return [
         narrow.Tiles(rows=rows, outputs=outputs, shares=1, swap=swap, warps=warps, stages=stage)
         for (outputs, warps), swap, stage in itertools.product(small, (False, True), stages)
@@ -175,10 +187,10 @@ def _best(weights: Weights, rows: int, count: int) -> str:
         programs = -(-outputs // one.outputs) * -(-count // rows) * shares
         if programs > 2500 or (programs < 100 and shares < 16):
             continue
-        cut = dataclasses.replace(one, shares=shares)
-        found.append((product_us(weights, x_MK, cut), cut))
+        tiles = dataclasses.replace(one, shares=shares)
+        found.append((product_us(weights, x_MK, tiles), tiles))
     found.sort(key=lambda pair: pair[0])
-    swapped = [min(us for us, cut in found if cut.swap == swap) for swap in (False, True)]
+    swapped = [min(us for us, tiles in found if tiles.swap == swap) for swap in (False, True)]
     shown = [
         f"{us:.1f}us outputs={c.outputs} shares={c.shares} swap={c.swap:d} warps={c.warps}"
         f" stages={c.stages}"
@@ -190,15 +202,15 @@ def _best(weights: Weights, rows: int, count: int) -> str:
     )
 
 
-def table(cut_of: Callable[[int, int, int, int], narrow.Tiles]) -> None:
+def table() -> None:
     """Our cuts beside bfloat16, widening first, and torch's own, at several numbers of rows."""
     print("us: bfloat16, ours (GB/s, TFLOP/s), widened first, torch's own; error of ours")
     for bits, (name, (outputs, inputs)) in itertools.product((4, 8), SHAPES.items()):
         weights = Weights(outputs, inputs, bits)
-        for count in (1, 4, 16, 64, 512):
+        for count in (1, 4, 16, 64):
             x_MK = torch.randn(count, inputs, device="cuda").bfloat16()
-            cut = cut_of(bits, count, outputs, inputs)
-            us = product_us(weights, x_MK, cut)
+            tiles = cut(bits, count, outputs, -(-inputs // 128))
+            us = product_us(weights, x_MK, tiles)
             own = torch_us(weights, x_MK, bits) if count <= 64 else "-"
             own = f"{own:.1f}" if isinstance(own, float) else own
             plain, wide = plain_us(weights, x_MK), widened_us(weights, x_MK)
@@ -206,20 +218,26 @@ def table(cut_of: Callable[[int, int, int, int], narrow.Tiles]) -> None:
             print(
                 f"wint{bits} {name:7s} {count:4d} rows: {plain:6.1f} {us:6.1f}"
                 f" ({rate:5.0f}, {flops:4.0f}) {wide:6.1f} {own};"
-                f" {relative_error(weights, x_MK, cut):.1e}",
+                f" {relative_error(weights, x_MK, tiles):.1e}",
                 flush=True,
             )
 
 
-def _first_cut(bits: int, rows: int, outputs: int, inputs: int) -> narrow.Tiles:
-    tile = 16 if rows <= 16 else 64
-    shares = max(1, min(16, round(600 * 128 / outputs)))
-    return narrow.Tiles(rows=tile, outputs=128, shares=shares if rows <= 64 else 1, swap=False)
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--sweep",
+        metavar="TILE:ROWS",
+        nargs="+",
+        help="Try ways to cut so many rows in tiles, for example 16:1 16:16 64:64.",
+    )
+    asked = parser.parse_args().sweep
+    if asked:
+        sweep([(int(tile), int(rows)) for tile, _, rows in (one.partition(":") for one in asked)])
+    else:
+        table()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sweep", action="store_true")
-    if parser.parse_args().sweep:
-        sweep([(16, 1), (16, 16), (64, 64)])
-    table(_first_cut)
+    main()

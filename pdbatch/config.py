@@ -30,6 +30,7 @@ OTHER_VARIABLES = frozenset({"PDBATCH_DEBUG"})
 """Variables of ours that are no settings."""
 
 Role = Literal["prefill", "decode", "mixed"]
+Quantization = Literal["wint8", "wint4"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -54,6 +55,8 @@ class Settings:
     """Devices that share a worker's model, from its `device` on or those with commas there."""
     dtype: str = "auto"
     """`auto` (float32 on the CPU, the model's own on a GPU), `float32`, `bfloat16`, `float16`."""
+    quantization: Quantization | None = None
+    """`wint8` or `wint4`: weights rounded to so many bits after loading; empty: not."""
     role: Role = "mixed"
     """What a worker does: `prefill` hands over after the first token, `decode` takes over."""
     block_size: int = 16

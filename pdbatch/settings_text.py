@@ -107,4 +107,5 @@ _CHOICES: Final = {
     "role": ("prefill", "decode", "mixed"),
     "log_level": ("debug", "info", "warning", "error"),
     "engine": ("auto", "null"),
+    "quantization": ("wint8", "wint4"),
 }

@@ -21,6 +21,7 @@ from pdbatch.bench.workloads import CPU_SCALE, Asked, Workload
 from pdbatch.engine.llm import LLM
 from pdbatch.engine.loader import LoadedModel, load
 from pdbatch.engine.probe import watch
+from pdbatch.engine.quantization.convert import Quantization
 from pdbatch.engine.trace import Tracer
 from pdbatch.errors import ConfigError, EngineError
 from pdbatch.sampling import SamplingParams
@@ -41,6 +42,7 @@ class Plan:
     home: str
     device: str = "auto"
     dtype: str = "auto"
+    quantization: Quantization | None = None
     workloads: tuple[Workload, ...]
     num_prompts: int | None = None
     """None: 1,000 on a GPU, 16 on the CPU."""
@@ -117,7 +119,7 @@ def run(
     Raises ConfigError if a workload is too long for the model, EngineError if it cannot be run.
     """
     start_s = time.perf_counter()
-    loaded = load(plan.model, plan.home, plan.device, plan.dtype)
+    loaded = load(plan.model, plan.home, plan.device, plan.dtype, quantization=plan.quantization)
     gpu = loaded.device.type == "cuda"
     scale = 1 if gpu else CPU_SCALE
     workloads = [workload.scaled(scale) for workload in plan.workloads]

@@ -25,6 +25,10 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "device": {"metavar": "D", "help": "auto, cpu, cuda:0, … (run: several, with commas)."},
     "tensor_parallel_size": {"metavar": "N", "help": "Devices that share a worker's model (1)."},
     "dtype": {"metavar": "T", "help": "auto, float32, bfloat16, float16."},
+    "quantization": {
+        "type": click.Choice(["wint8", "wint4"]),
+        "help": "Weights of 8 or 4 bits, rounded after loading.",
+    },
     "block_size": {"metavar": "N", "help": "Tokens in a block of the KV cache (16)."},
     "gpu_memory_utilization": {"metavar": "SHARE", "help": "Of the GPU's memory (0.9)."},
     "max_num_seqs": {"metavar": "N", "help": "Most sequences running at once."},

@@ -46,6 +46,7 @@ _LOOK_EVERY_S = 0.25
     "device",
     "tensor_parallel_size",
     "dtype",
+    "quantization",
     "broker_url",
     "kv_transport",
     "kv_checksum",

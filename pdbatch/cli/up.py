@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 @click.option("--procfile", metavar="FILE", help="Another Procfile than the one here.")
 @click.option("--stop-timeout", "stop_s", type=float, default=30.0, help="Seconds to stop (30).")
 @settings_options(
-    "model", "device", "tensor_parallel_size", "dtype", "broker_url", "kv_transport", "kv_checksum"
+    "model",
+    "device",
+    "tensor_parallel_size",
+    "dtype",
+    "quantization",
+    "broker_url",
+    "kv_transport",
+    "kv_checksum",
 )
 def up(procfile: str | None, stop_s: float, settings: Settings) -> None:
     """Keep the processes of the Procfile running until Ctrl-C or SIGTERM.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     "device",
     "tensor_parallel_size",
     "dtype",
+    "quantization",
     "broker_url",
     "kv_transport",
     "kv_checksum",

@@ -108,7 +108,9 @@ def build_part(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if loaded is None:
-        loaded = loader.load(config.model, config.home, config.device, config.dtype, group)
+        loaded = loader.load(
+            config.model, config.home, config.device, config.dtype, group, config.quantization
+        )
     kind = loaded.device.type
     if kind == "cuda" and loaded.device.index is not None:
         torch.cuda.set_device(loaded.device)
@@ -183,7 +185,7 @@ def kv_layout(loaded: LoadedModel, shape: KVShape) -> KVLayout:
     """How KV lies here: what both ends of a hand-off must have in common, and whose heads."""
     shard = loaded.shard
     return KVLayout(
-        model=loaded.name,
+        model=_weights_name(loaded),
         dtype=_name(loaded.dtype),
         itemsize=shape.dtype.itemsize,
         block_size=shape.block_size,
@@ -194,6 +196,11 @@ def kv_layout(loaded: LoadedModel, shape: KVShape) -> KVLayout:
         tp_size=1 if shard is None else shard.group.size,
         tp_rank=0 if shard is None else shard.group.rank,
     )
+
+
+def _weights_name(loaded: LoadedModel) -> str:
+    """The model's name and what its weights were rounded to: other weights make other KV."""
+    return loaded.name if loaded.quantization is None else f"{loaded.name} {loaded.quantization}"
 
 
 def _memory(

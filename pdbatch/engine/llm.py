@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.messages import EngineRequest, Finished
@@ -39,6 +39,7 @@ class LLM:
         device: str = "auto",
         tensor_parallel_size: int = 1,
         dtype: str = "auto",
+        quantization: Literal["wint8", "wint4"] | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
@@ -59,6 +60,7 @@ class LLM:
             device=device,
             tensor_parallel_size=tensor_parallel_size,
             dtype=dtype,
+            quantization=quantization,
             block_size=block_size,
             num_blocks=num_blocks,
             kv_cache_bytes=kv_cache_bytes,

@@ -18,6 +18,7 @@ import torch
 
 from pdbatch.engine import gguf, packing, random_models
 from pdbatch.engine.attention import hook
+from pdbatch.engine.quantization.convert import Quantization, Quantizer, refuse_experts
 from pdbatch.engine.tokenizer import Tokenizer
 from pdbatch.errors import ConfigError, ModelError
 
@@ -51,6 +52,8 @@ class LoadedModel:
     """Columns of the logits."""
     shard: Shard | None = None
     """Which part of the model `model` is; None: all of it."""
+    quantization: Quantization | None = None
+    """What the weights of its layers were rounded to; None: they are in `dtype`."""
 
 
 def load(
@@ -59,13 +62,14 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     group: Group | None = None,
+    quantization: Quantization | None = None,
 ) -> LoadedModel:
     """Load a model (alias, folder, GGUF file, hub name or `random:SHAPE`).
 
     `dtype` auto is float32 on the CPU and the model's own on a GPU. With a group, only its rank's
-    part comes to the device.
+    part comes to the device. With `quantization` each layer is rounded before the next comes there.
     Raises ModelError with a remedy if it cannot be found, converted, or run by this engine,
-    ConfigError for a device or dtype that is not there.
+    ConfigError for a device or dtype that is not there, and for a quantization it cannot have.
     """
     target = pick_device(device)
     hook.register()
@@ -80,14 +84,19 @@ def load(
     vocab_size = int(network.get_output_embeddings().weight.shape[0])
     known_ids = int(network.get_input_embeddings().weight.shape[0])
     tokenizer = Tokenizer.load(folder, known_ids) if folder else Tokenizer(None, known_ids)
+    quantizer = Quantizer(quantization, target) if quantization is not None else None
     shard = None
     if group is not None:
         from pdbatch.engine.parallel.shard import Sharder
 
-        sharder = Sharder(group)
+        if quantizer is not None:
+            refuse_experts(network)
+        sharder = Sharder(group, None if quantizer is None else quantizer.layer)
         shard, text_config = sharder.shard(network), sharder.config(text_config)
+    elif quantizer is not None:
+        quantizer.model(network)
     network = network.to(target)
-    if shard is not None and target.type == "cuda":
+    if (shard or quantizer) and target.type == "cuda":
         torch.cuda.empty_cache()  # what other ranks keep was made here too, or passed through
     if target.type == "cpu" and shard is None:
         packing.pack(network, kind)
@@ -102,6 +111,7 @@ def load(
         name=model_name(model),
         vocab_size=vocab_size,
         shard=shard,
+        quantization=quantization,
     )
 
 

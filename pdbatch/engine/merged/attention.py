@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pdbatch.engine.attention.hook import KEYWORD
 from pdbatch.engine.merged.facts import AttentionFacts
 from pdbatch.engine.merged.norm import FIRST, SHIFTED, Norm
+from pdbatch.engine.quantization.linear import QuantizedLinear
 
 
 class MergedAttention(torch.nn.Module):
@@ -30,8 +31,9 @@ class MergedAttention(torch.nn.Module):
         """`q_norm` and `k_norm` are of one head or of all of them together."""
         super().__init__()
         self.layer_idx = facts.layer
-        self.weight = torch.nn.Parameter(weight_XC, requires_grad=False)
-        self.bias = None
+        self.weight: Any = torch.nn.Parameter(weight_XC, requires_grad=False)
+        self.bias: Any = None
+        self.narrow: QuantizedLinear | None = None
         if bias_X is not None:
             self.bias = torch.nn.Parameter(bias_X, requires_grad=False)
         self.o_proj = o_proj
@@ -60,7 +62,10 @@ class MergedAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """What `o_proj` is to take: [1, T, query heads * D]."""
         facts = self._facts
-        qkv_1TX = F.linear(x_1TC, self.weight, self.bias)
+        if self.narrow is None:
+            qkv_1TX = F.linear(x_1TC, self.weight, self.bias)
+        else:
+            qkv_1TX = self.narrow(x_1TC)
         cos, sin = position_embeddings
         constants = {"scaling": facts.scaling, "window": facts.window, "softcap": facts.softcap}
         if self._turning is not None and hasattr(step, "attend_merged"):
@@ -73,6 +78,15 @@ class MergedAttention(torch.nn.Module):
             out_THD = step.attend(facts.layer, q[0], k[0], v[0], **constants)
         merged: torch.Tensor = out_THD.reshape(1, out_THD.shape[0], -1)
         return merged
+
+    def quantize(self, bits: int) -> bool:
+        """Round the merged weight, which goes; False where that was done before."""
+        if self.narrow is not None:
+            return False
+        self.narrow = QuantizedLinear(self.weight, self.bias, bits)
+        self.weight = self.bias = None
+        self._turning = self._kernel_turning() if self.narrow.is_cuda else None
+        return True
 
     @property
     def facts(self) -> AttentionFacts:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pdbatch.engine.quantization.linear import QuantizedLinear
+
 
 class MergedMLP(torch.nn.Module):
     """`down_proj(act(gate) * up)`; `kind` names the activation's kernel, if it has one."""
@@ -20,8 +22,9 @@ class MergedMLP(torch.nn.Module):
         kind: str | None,
     ) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(weight_XC, requires_grad=False)
-        self.bias = None
+        self.weight: Any = torch.nn.Parameter(weight_XC, requires_grad=False)
+        self.bias: Any = None
+        self.narrow: QuantizedLinear | None = None
         if bias_X is not None:
             self.bias = torch.nn.Parameter(bias_X, requires_grad=False)
         self.down_proj = down_proj
@@ -33,9 +36,18 @@ class MergedMLP(torch.nn.Module):
         out: torch.Tensor = self.down_proj(self.inner(x))
         return out
 
+    def quantize(self, bits: int) -> bool:
+        """Round the merged weight, which goes; False where that was done before."""
+        if self.narrow is not None:
+            return False
+        self.narrow = QuantizedLinear(self.weight, self.bias, bits)
+        self.weight = self.bias = None
+        return True
+
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         """What `down_proj` is to take."""
-        both = F.linear(x, self.weight, self.bias)
+        narrow = self.narrow
+        both = F.linear(x, self.weight, self.bias) if narrow is None else narrow(x)
         if both.is_cuda and self.kind is not None:
             from pdbatch.engine.kernels.activation import gated
 

@@ -10,6 +10,7 @@ from pdbatch.engine.attention.hook import KEYWORD
 from pdbatch.engine.merged.attention import MergedAttention
 from pdbatch.engine.merged.feedforward import MergedMLP
 from pdbatch.engine.merged.norm import Norm
+from pdbatch.engine.quantization.linear import QuantizedLinear
 
 
 class MergedLayer(torch.nn.Module):
@@ -69,4 +70,6 @@ class MergedLayer(torch.nn.Module):
             flat_TC = x.view(-1, x.shape[-1])
             flat_TC.addmm_(inner.flatten(0, 1), last.weight.t(), alpha=self._multiplier)
             return x
+        if isinstance(last, QuantizedLinear):
+            return last.add_into(x, inner, self._multiplier)
         return x.add_(last(inner), alpha=self._multiplier)

@@ -5,11 +5,14 @@ Legend: T tokens, C the model's width, P this rank's part of an inner width, V v
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from pdbatch.engine.merged.norm import FIRST, LAST, Norm
 from pdbatch.engine.parallel.group import Group
+from pdbatch.engine.quantization.linear import QuantizedLinear
 
 
 class SummedLinear(torch.nn.Module):
@@ -17,7 +20,8 @@ class SummedLinear(torch.nn.Module):
 
     def __init__(self, group: Group, weight_CP: torch.Tensor, bias_C: torch.Tensor | None) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(weight_CP, requires_grad=False)
+        self.weight: Any = torch.nn.Parameter(weight_CP, requires_grad=False)
+        self.narrow: QuantizedLinear | None = None
         self.bias = None
         if bias_C is not None:
             self.bias = torch.nn.Parameter(bias_C, requires_grad=False)
@@ -25,8 +29,16 @@ class SummedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., P] to [..., C], the same on every rank."""
-        out = self._group.sum_(F.linear(x, self.weight))
+        part = F.linear(x, self.weight) if self.narrow is None else self.narrow(x)
+        out = self._group.sum_(part)
         return out if self.bias is None else out.add_(self.bias)
+
+    def quantize(self, bits: int) -> bool:
+        """Round this rank's part of the weight, which goes; False where that was done before."""
+        if self.narrow is not None:
+            return False
+        self.narrow, self.weight = QuantizedLinear(self.weight, None, bits), None
+        return True
 
 
 class Summed(torch.nn.Module):

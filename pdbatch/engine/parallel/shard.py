@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,9 @@ class Shard:
 class Sharder:
     """Turns a model into this rank's part of it, in place."""
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    def __init__(self, group: Group, each: Callable[[torch.nn.Module], None] | None = None) -> None:
+        """`each` is called with every layer's part, on the device, before the next is made."""
+        self._group, self._each = group, each
 
     def shard(self, model: Any) -> Shard:
         """Merge and cut every layer and the head; parts lie on the group's device afterwards.
@@ -55,6 +56,8 @@ class Sharder:
         def cut(layer: MergedLayer) -> None:
             kv_heads.add(layer.self_attn.facts.num_kv_heads)
             self._layer(layer)
+            if self._each is not None:
+                self._each(layer)
 
         count = merged.merge(model, cut)
         if count < len(layers) or len(kv_heads) != 1:

@@ -43,7 +43,8 @@ class Rounded(NamedTuple):
 def rounded(weight_NK: torch.Tensor, bits: int) -> Rounded:
     """The nearest numbers of 8 or 4 bits; a bounded number of rows at a time is in float32."""
     some = _four if bits == 4 else _eight
-    parts = [some(_slabs(rows)) for rows in weight_NK.split(_ROWS_AT_ONCE)]
+    starts = range(0, weight_NK.shape[0], _ROWS_AT_ONCE)
+    parts = [some(_slabs(weight_NK[at : at + _ROWS_AT_ONCE])) for at in starts]
     if len(parts) == 1:
         return parts[0]
     zeros = [part.zero_NS for part in parts if part.zero_NS is not None]
@@ -57,7 +58,7 @@ def rounded(weight_NK: torch.Tensor, bits: int) -> Rounded:
 def _slabs(weight_NK: torch.Tensor) -> torch.Tensor:
     """[N, S, 128] in float32."""
     padded = torch.nn.functional.pad(weight_NK.float(), (0, -weight_NK.shape[1] % SLAB))
-    return padded.unflatten(1, (-1, SLAB))
+    return padded.view(padded.shape[0], -1, SLAB)
 
 
 def _eight(w_NSK: torch.Tensor) -> Rounded:
