@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from pdbatch.engine import merged, rehearsal
+from pdbatch.engine import experts, merged, rehearsal
 from pdbatch.engine.attention import decodes, prepare
 from pdbatch.engine.attention.equal import EqualPrompts, serves
 from pdbatch.engine.attention.hook import KEYWORD
@@ -33,9 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_model(loaded: LoadedModel) -> None:
-    """Merge the layers that are known; again is harmless."""
+    """Merge the layers that are known, and take the experts over; again is harmless."""
     if merged.merge(loaded.model):
         torch.cuda.empty_cache()  # holes that the old weights left, which nothing would fit into
+    experts.use(loaded.model)
 
 
 class GpuRunner:

@@ -60,9 +60,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(family: str, seed: int = 7) -> Any:
+def make(family: str, seed: int = 7, **more: Any) -> Any:
     """A random float32 model whose greedy answers wander."""
-    config = CONFIG_MAPPING[family](**{**_BASE, **FAMILIES[family]})
+    config = CONFIG_MAPPING[family](**{**_BASE, **FAMILIES.get(family, {}), **more})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
