@@ -22,6 +22,7 @@ from pdbatch.engine import experts, merged, rehearsal
 from pdbatch.engine.attention import decodes, prepare
 from pdbatch.engine.attention.equal import EqualPrompts, serves
 from pdbatch.engine.attention.hook import KEYWORD
+from pdbatch.engine.attention.operator import Place
 from pdbatch.engine.attention.triton_step import TritonStep
 from pdbatch.engine.attention.upload import Upload
 from pdbatch.engine.graphs import DecodeGraphs
@@ -59,6 +60,7 @@ class GpuRunner:
         config: Any = loaded.config
         self._body: Any = loaded.model.base_model
         self._head = Head(loaded.model)
+        self._place = Place()
         self._picks_rows = merged.picks_rows(loaded.model)
         self._upload = Upload(device)
         self._sizes = decodes.Sizes(
@@ -130,7 +132,7 @@ class GpuRunner:
             input_ids=step.input_ids_T.unsqueeze(0),
             position_ids=step.positions_T.unsqueeze(0),
             use_cache=False,
-            **{KEYWORD: TritonStep(self.cache, step.tables, rows)},
+            **{KEYWORD: self._place.hold(TritonStep(self.cache, step.tables, rows))},
         )
         hidden_TC: torch.Tensor = output.last_hidden_state[0]
         return hidden_TC

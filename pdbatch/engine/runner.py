@@ -15,6 +15,7 @@ import torch
 
 from pdbatch.engine.attention import paged
 from pdbatch.engine.attention.hook import KEYWORD
+from pdbatch.engine.attention.operator import Place
 from pdbatch.engine.attention.probe import cache_dims
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.kvcache import KVShape, PagedKVCache
@@ -87,6 +88,7 @@ class ModelRunner:
         self._config = config
         self._model: Any = loaded.model
         self._workspace = paged.Workspace()
+        self._place = Place()
 
     @torch.inference_mode()
     def execute(self, batch: ModelInput) -> torch.Tensor:
@@ -97,7 +99,7 @@ class ModelRunner:
         """
         device = self.loaded.device
         paged.start_blocks(self.cache, batch.slot_mapping_T)
-        step = paged.PagedStep(self.cache, batch, self._workspace)
+        step = self._place.hold(paged.PagedStep(self.cache, batch, self._workspace))
         ids_T = batch.input_ids_T.to(device)
         put_tokens(ids_T, batch.tokens_before)
         inputs = {

@@ -1,7 +1,8 @@
 """The one function that transformers calls for each layer of each step.
 
 A model whose configuration names `IMPLEMENTATION` makes no masks of its own (transformers
-makes none for an attention it does not know) and hands every keyword on to us.
+makes none for an attention it does not know) and hands every keyword on to us. A compiler that
+traces a layer meets an operator here (`operator`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pdbatch.engine.attention import operator
 from pdbatch.errors import ModelError
 
 IMPLEMENTATION = "pdbatch_paged"
@@ -19,6 +21,9 @@ KEYWORD = "pdbatch_step"
 
 class StepAttention(Protocol):
     """Attention of one step, for all its sequences and layers."""
+
+    place: int
+    """Where the operator finds it; set by `operator.Place`."""
 
     def attend(
         self,
@@ -64,12 +69,16 @@ def paged_attention(
     if others.get("s_aux") is not None:
         raise ModelError("attention with sinks is not supported", remedy="choose another model")
     step: StepAttention = others[KEYWORD]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.compiler.is_compiling():
+        out_THD = operator.traced(module, step, query, key, value, scaling, sliding_window, softcap)
+        return out_THD.unsqueeze(0), None
     out_THD = step.attend(
         int(module.layer_idx),  # type: ignore[arg-type]
         query[0],
         key[0],
         value[0],
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=scaling,
         window=sliding_window,
         softcap=softcap,
     )

@@ -46,6 +46,8 @@ class Workspace:
 class PagedStep:
     """A `StepAttention` over one cache; built for one step."""
 
+    place = -1
+
     def __init__(self, cache: PagedKVCache, batch: ModelInput, workspace: Workspace) -> None:
         self._cache = cache
         self._batch = batch

@@ -18,6 +18,8 @@ _REMEDY = "choose a decoder whose layers all attend with the same heads (llama, 
 class Probe:
     """A `StepAttention` that notes shapes and attends to nothing."""
 
+    place = -1
+
     def __init__(self) -> None:
         self.seen: list[tuple[int, int, int, int]] = []
         """(layer, KV heads, key size, value size) in the order of the calls."""

@@ -93,6 +93,8 @@ class Run:
 class TritonStep:
     """A `StepAttention` over `Tables`."""
 
+    place = -1
+
     def __init__(
         self, cache: PagedKVCache, tables: Tables, wanted_rows: torch.Tensor | None = None
     ) -> None:

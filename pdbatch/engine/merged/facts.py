@@ -39,6 +39,8 @@ class AttentionFacts:
 class Observer:
     """A `StepAttention` that notes how it is called and attends to nothing."""
 
+    place = -1
+
     def __init__(self) -> None:
         self.calls: dict[int, dict[str, Any]] = {}
 
