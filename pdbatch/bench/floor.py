@@ -8,6 +8,8 @@ query and key, head and dimension. A decode step reads all weights once and the 
 
 The floor is their sum: nothing overlaps a prefill, nothing waits, no step but the fullest. Rates
 are what this device reaches in one large product and in one large copy, measured in the same run.
+Of N devices that share a model they are N times that: what the devices tell one another is not in
+the floor.
 """
 
 from __future__ import annotations

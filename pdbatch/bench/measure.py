@@ -12,22 +12,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pdbatch.bench.floor import Cost, Rates, cost_of, floor_s, measure_rates, settle
+from pdbatch.bench.floor import Rates, floor_s, measure_rates, settle
 from pdbatch.bench.kernels import KernelTracer
 from pdbatch.bench.stages import Stages
+from pdbatch.bench.subject import Subject, find, start
 from pdbatch.bench.workloads import CPU_SCALE, Asked, Workload
 from pdbatch.engine.llm import LLM
-from pdbatch.engine.loader import LoadedModel, load
 from pdbatch.engine.probe import watch
 from pdbatch.engine.quantization.convert import Quantization
 from pdbatch.engine.trace import Tracer
 from pdbatch.errors import ConfigError, EngineError
 from pdbatch.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    import torch
 
 TRACED = 512
 """Most prompts in a traced round."""
@@ -42,6 +39,7 @@ class Plan:
     home: str
     device: str = "auto"
     dtype: str = "auto"
+    tensor_parallel_size: int = 1
     quantization: Quantization | None = None
     workloads: tuple[Workload, ...]
     num_prompts: int | None = None
@@ -90,7 +88,9 @@ class Report:
     model: str
     device: str
     dtype: str
+    tensor_parallel_size: int
     rates: Rates
+    """Of the first device; floors are those of all together."""
     start_s: float
     """Until the engine was ready."""
     scale: int
@@ -119,19 +119,33 @@ def run(
     Raises ConfigError if a workload is too long for the model, EngineError if it cannot be run.
     """
     start_s = time.perf_counter()
-    loaded = load(plan.model, plan.home, plan.device, plan.dtype, quantization=plan.quantization)
-    gpu = loaded.device.type == "cuda"
-    scale = 1 if gpu else CPU_SCALE
+    subject = find(plan)
+    scale = 1 if subject.gpu else CPU_SCALE
     workloads = [workload.scaled(scale) for workload in plan.workloads]
-    rates = measure_rates(loaded.device, loaded.dtype)
-    llm = LLM(loaded, home=plan.home, **_engine(plan, loaded, workloads))
+    engine = _engine(plan, subject, workloads)
+    rates = measure_rates(subject.device, subject.dtype)
+    llm = start(subject, plan, engine)
+    try:
+        report = _report(plan, subject, llm, rates, scale, time.perf_counter() - start_s)
+        on_ready(report)
+        _measure(plan, subject, llm, workloads, report, on_round)
+        return report
+    finally:
+        llm.close()
+
+
+def _report(
+    plan: Plan, subject: Subject, llm: LLM, rates: Rates, scale: int, start_s: float
+) -> Report:
+    """Without rounds."""
     scheduler = llm.engine.scheduler
-    report = Report(
-        model=loaded.name,
-        device=_device_name(loaded.device),
-        dtype=str(loaded.dtype).removeprefix("torch."),
+    return Report(
+        model=subject.name,
+        device=subject.where,
+        dtype=str(subject.dtype).removeprefix("torch."),
+        tensor_parallel_size=subject.num_ranks,
         rates=rates,
-        start_s=time.perf_counter() - start_s,
+        start_s=start_s,
         scale=scale,
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
@@ -140,37 +154,45 @@ def run(
         rounds=[],
         trace=str(plan.trace) if plan.trace else None,
     )
-    on_ready(report)
-    bench = _Bench(llm, loaded, cost_of(loaded.config, loaded.dtype), rates, plan.waits)
-    count = plan.num_prompts or (1000 if gpu else 16)
+
+
+def _measure(
+    plan: Plan,
+    subject: Subject,
+    llm: LLM,
+    workloads: list[Workload],
+    report: Report,
+    on_round: Callable[[Round], None],
+) -> None:
+    """All rounds into the report, then those that are traced."""
+    bench = _Bench(llm, subject, subject.all_rates(report.rates), plan.waits)
+    count = plan.num_prompts or (1000 if subject.gpu else 16)
     for workload in workloads:
         bench.warm(workload, min(count, _WARM))
-        for number in range(plan.num_rounds or (3 if gpu else 1)):
+        for number in range(plan.num_rounds or (3 if subject.gpu else 1)):
             report.rounds.append(bench.round(workload, count, plan.seed + number))
             on_round(report.rounds[-1])
     if plan.trace:
         bench.trace(workloads, min(count, TRACED), plan.trace)
-    return report
 
 
 class _Bench:
     """An engine with its stages watched."""
 
-    def __init__(
-        self, llm: LLM, loaded: LoadedModel, cost: Cost, rates: Rates, waits: bool
-    ) -> None:
-        self._llm, self._loaded, self._cost, self._rates = llm, loaded, cost, rates
+    def __init__(self, llm: LLM, subject: Subject, rates: Rates, waits: bool) -> None:
+        """`rates` are those of all devices together."""
+        self._llm, self._subject, self._cost, self._rates = llm, subject, subject.cost, rates
         self._stages = Stages()
-        device = loaded.device
+        device = subject.device
         watch(llm.engine, self._stages, (lambda: settle(device)) if waits else None)
 
     def warm(self, workload: Workload, count: int) -> None:
         """A round that counts for nothing."""
-        self._generate(workload.ask(count, self._loaded.vocab_size, -1))
+        self._generate(workload.ask(count, self._subject.vocab_size, -1))
 
     def round(self, workload: Workload, count: int, seed: int) -> Round:
         """A round that counts."""
-        asked = workload.ask(count, self._loaded.vocab_size, seed)
+        asked = workload.ask(count, self._subject.vocab_size, seed)
         self._stages.clear()
         seconds = self._generate(asked)
         stages_s = {name: round(spent, 4) for name, spent in sorted(self._stages.seconds.items())}
@@ -190,12 +212,12 @@ class _Bench:
 
     def trace(self, workloads: list[Workload], count: int, path: Path) -> None:
         """One more round of each, traced."""
-        tracer = Tracer(path, f"pdbatch bench {self._loaded.name}")
-        watcher = KernelTracer(tracer, self._loaded.device)
+        tracer = Tracer(path, f"pdbatch bench {self._subject.name}")
+        watcher = KernelTracer(tracer, self._subject.device)
         watch(self._llm.engine, watcher)
         try:
             for workload in workloads:
-                asked = workload.ask(count, self._loaded.vocab_size, -2)
+                asked = workload.ask(count, self._subject.vocab_size, -2)
                 watcher.begin()
                 start_s = time.perf_counter()
                 self._generate(asked)
@@ -210,7 +232,7 @@ class _Bench:
             SamplingParams(temperature=0, max_tokens=one.num_output_tokens, ignore_eos=True)
             for one in asked
         ]
-        settle(self._loaded.device)
+        settle(self._subject.device)
         start_s = time.perf_counter()
         outputs = self._llm.generate([one.prompt for one in asked], params)
         seconds = time.perf_counter() - start_s
@@ -223,22 +245,14 @@ class _Bench:
         return seconds
 
 
-def _engine(plan: Plan, loaded: LoadedModel, workloads: list[Workload]) -> dict[str, Any]:
+def _engine(plan: Plan, subject: Subject, workloads: list[Workload]) -> dict[str, Any]:
     """Keywords of `LLM`: as given, and no longer sequences than the workloads have."""
     longest = max(workload.most_tokens for workload in workloads)
     given = {name: value for name, value in plan.engine.items() if value is not None}
-    limit = min(given.get("max_model_len", longest), loaded.max_model_len)
+    limit = min(given.get("max_model_len", longest), subject.max_model_len)
     if limit < longest:
         raise ConfigError(
-            f"the workloads have sequences of {longest} tokens, {loaded.name} takes {limit}",
+            f"the workloads have sequences of {longest} tokens, {subject.name} takes {limit}",
             remedy="Choose other workloads, or another model or max_model_len.",
         )
     return {**given, "max_model_len": limit}
-
-
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    if device.type != "cuda":
-        return str(device)
-    return f"{device} ({torch.cuda.get_device_name(device)})"

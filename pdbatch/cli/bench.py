@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 @click.option("--stages", is_flag=True, help="Wait for the device after each stage.")
 @click.option("--trace", type=click.Path(dir_okay=False), help="Write a trace for Perfetto.")
 @json_option
-@settings_options("model", "device", "dtype", "quantization", *ENGINE_OPTIONS)
+@settings_options(
+    "model", "device", "tensor_parallel_size", "dtype", "quantization", *ENGINE_OPTIONS
+)
 def bench(
     names: str,
     count: int | None,
@@ -62,6 +64,7 @@ def bench(
         home=str(settings.home),
         device=settings.device,
         dtype=settings.dtype,
+        tensor_parallel_size=settings.tensor_parallel_size,
         quantization=settings.quantization,
         workloads=_workloads(names),
         num_prompts=count,

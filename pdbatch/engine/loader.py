@@ -75,7 +75,7 @@ def load(
     hook.register()
     folder = None if random_models.is_random(model) else prepare(model, home)
     text_config = random_models.config_of(model) if folder is None else _config(folder)
-    kind = _pick_dtype(dtype, target, text_config)
+    kind = pick_dtype(dtype, target, text_config)
     if folder is None:
         network = random_models.make(text_config, kind, target)
     else:
@@ -106,7 +106,7 @@ def load(
         tokenizer=tokenizer,
         dtype=kind,
         device=target,
-        max_model_len=_max_model_len(text_config),
+        max_model_len=max_model_len_of(text_config),
         eos_token_ids=_eos(network, text_config, tokenizer),
         name=model_name(model),
         vocab_size=vocab_size,
@@ -161,7 +161,15 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda:0") if device == "cuda" else picked
 
 
-def _pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+def config_of(model: str, home: str) -> Any:
+    """The text part of a model's configuration, as `load` finds it. Raises ModelError."""
+    if random_models.is_random(model):
+        return random_models.config_of(model)
+    return _config(prepare(model, home))
+
+
+def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    """The dtype that `load` takes. Raises ConfigError for an unknown one."""
     if dtype == "auto":
         own = getattr(config, "dtype", None)
         gpu = own if isinstance(own, torch.dtype) else torch.bfloat16
@@ -211,7 +219,8 @@ def _weights(folder: Path, dtype: torch.dtype) -> Any:
     return network
 
 
-def _max_model_len(config: Any) -> int:
+def max_model_len_of(config: Any) -> int:
+    """Most tokens of a sequence that a model of this configuration was made for."""
     rope = getattr(config, "rope_parameters", None) or {}
     longest = int(getattr(config, "max_position_embeddings", 2048))
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 
 from pdbatch.bench.floor import Rates, cost_of, floor_s
 from pdbatch.bench.kernels import gpu_events
+from pdbatch.bench.subject import Subject
 from pdbatch.bench.workloads import WORKLOADS, Asked
 from pdbatch.cli.app import cli
 from pdbatch.engine.random_models import config_of
@@ -108,6 +110,34 @@ def test_the_command_measures_and_traces(tmp_path: Path) -> None:
     counted = [e for e in events if e["ph"] == "C" and e["name"] == "sequences in the step"]
     assert spans["schedule"] == spans["step"] == len(counted), "each told once"
     assert max(event["args"]["decodes"] for event in counted) == 3
+
+
+def test_two_ranks_are_measured_as_one_engine(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pdbatch.cli", "bench", "--model", "random:tiny", "-n", "3"]
+    command += ["--workload", "C", "--tensor-parallel-size", "2", "--device", "cpu", "--json"]
+    command += ["--home", str(tmp_path / "home"), "--set", "worker_threads=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["tensor_parallel_size"] == 2 and report["device"] == "cpu"
+    (one,) = report["rounds"]
+    assert one["output_tokens"] == 3 * 8 and 0 < one["floor_s"] < one["seconds"]
+
+
+def test_the_floor_of_several_devices_is_that_of_their_rates_together() -> None:
+    shared = Subject(
+        name="random:tiny",
+        config=config_of("random:tiny"),
+        dtype=torch.bfloat16,
+        device=torch.device("cuda:0"),
+        num_ranks=4,
+        max_model_len=8192,
+        vocab_size=512,
+        loaded=None,
+    )
+    assert shared.all_rates(H100) == Rates(flop_s=4 * 800e12, bytes_s=4 * 3.35e12)
+    on_cpu = dataclasses.replace(shared, device=torch.device("cpu"))
+    assert on_cpu.all_rates(H100) == H100  # one processor, however many ranks
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

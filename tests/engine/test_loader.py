@@ -102,7 +102,7 @@ def test_a_rotary_embedding_that_grows_stays_below_its_growth() -> None:
         "factor": 4.0,
         "original_max_position_embeddings": 128,
     }
-    assert loader._max_model_len(model.config) == 128
+    assert loader.max_model_len_of(model.config) == 128
 
 
 def test_an_absent_package_of_an_alias_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
