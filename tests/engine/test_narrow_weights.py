@@ -16,17 +16,18 @@ def _weight(outputs: int, inputs: int) -> torch.Tensor:
     return torch.randn(outputs, inputs) * torch.rand(outputs, 1)
 
 
-def test_no_weight_moves_further_than_its_range_says(bits: int) -> None:
+def test_no_weight_moves_further_than_half_a_step(bits: int) -> None:
     weight = _weight(40, 300)
     made = rounded(weight, bits).numbers(300)
-    error = (made - weight).square().sum(1)
     if bits == 8:
-        step = weight.abs().amax(1) / 127
-        assert (error <= 300 * (step / 2) ** 2 * 1.01).all()
+        step = weight.abs().amax(1, keepdim=True) / 127
     else:
-        step = (weight.amax(1) - weight.amin(1)) / 15
-        assert (error <= 300 * (step * 0.6) ** 2).all()
-    assert error.sum() < weight.square().sum() * (1e-4 if bits == 8 else 1.2e-2)
+        parts = torch.nn.functional.pad(weight, (0, 84)).view(40, 3, 128)
+        step = (parts.amax(2).clamp_min(0) - parts.amin(2).clamp_max(0)) / 15
+        step = step.repeat_interleave(128, 1)[:, :300]
+    most = 0.501 if bits == 8 else 0.56  # the scale is rounded too, and so is zero
+    assert ((made - weight).abs() <= most * step).all()
+    assert (made - weight).std() < weight.std() * (0.01 if bits == 8 else 0.12)
 
 
 def test_what_the_grid_holds_stays_as_it_is(bits: int) -> None:

@@ -17,6 +17,8 @@ from tiny_models import FAMILIES, VOCAB, Loop, loaded, make
 from pdbatch.engine.loader import LoadedModel
 from pdbatch.engine.parallel.group import Group
 from pdbatch.engine.parallel.shard import Sharder
+from pdbatch.engine.quantization.convert import BITS, Quantizable, Quantization, Quantizer
+from pdbatch.engine.quantization.rounding import rounded
 from pdbatch.errors import ConfigError
 
 Result = TypeVar("Result")
@@ -33,10 +35,14 @@ def on_ranks(size: int, folder: Path, work: Callable[[Group], Result]) -> list[R
         return list(threads.map(rank, range(size)))
 
 
-def part_of(model: torch.nn.Module, group: Group) -> LoadedModel:
+def part_of(
+    model: torch.nn.Module,
+    group: Group,
+    each: Callable[[torch.nn.Module], None] | None = None,
+) -> LoadedModel:
     """This rank's part of a copy of the model."""
     whole = loaded(copy.deepcopy(model))
-    sharder = Sharder(group)
+    sharder = Sharder(group, each)
     shard = sharder.shard(whole.model)
     return dataclasses.replace(whole, shard=shard, config=sharder.config(whole.config))
 
@@ -102,3 +108,24 @@ def test_a_layer_that_does_not_run_merged_cannot_be_shared(tmp_path: Path) -> No
             part_of(model, group)
 
     on_ranks(2, tmp_path, work)
+
+
+@pytest.mark.parametrize("kind", ["wint8", "wint4"])
+def test_ranks_round_their_parts(kind: Quantization, tmp_path: Path) -> None:
+    """As if each rank's part had had the rounded weights."""
+    model, prompts = make("qwen2"), prompts_of(2)
+
+    def rounded_here(layer: torch.nn.Module) -> None:
+        for module in layer.modules():
+            if isinstance(module, Quantizable):
+                weight: Any = module.weight  # type: ignore[attr-defined]
+                weight.data = rounded(weight.data, BITS[kind]).numbers(weight.shape[1])
+
+    def work(group: Group) -> list[list[list[int]]]:
+        quantizer = Quantizer(kind, group.device)
+        made = [part_of(model, group, each) for each in (rounded_here, quantizer.layer)]
+        assert quantizer.count == 3 * 4
+        return [Loop(part).generate(prompts, 12, 16) for part in made]
+
+    (a, b), (c, d) = on_ranks(2, tmp_path, work)
+    assert a == b == c == d

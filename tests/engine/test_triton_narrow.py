@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 import torch
-from triton_machine import DEVICE, marks
+from triton_machine import DEVICE, GPU, marks
 
+from pdbatch.engine import loader
 from pdbatch.engine.kernels import narrow
+from pdbatch.engine.llm import LLM
+from pdbatch.engine.quantization.convert import Quantization
+from pdbatch.engine.quantization.linear import QuantizedLinear
 from pdbatch.engine.quantization.packed import pack
 from pdbatch.engine.quantization.rounding import rounded
+from pdbatch.sampling import SamplingParams
 
 pytestmark = [*marks, pytest.mark.parametrize("bits", [8, 4])]
 SHAPES = [(64, 256, 1, 1), (192, 640, 5, 2), (100, 300, 16, 3), (64, 1024, 40, 4)]
@@ -72,3 +80,50 @@ def test_widening(shape: tuple[int, int], bits: int) -> None:
         narrow.widen(*packed, out)
         want = one.numbers(inputs).to(dtype)
         torch.testing.assert_close(out.cpu(), want, rtol=8e-3, atol=0)
+
+
+@pytest.mark.skipif(not GPU, reason="a GPU's graphs are needed")
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 300])
+def test_a_layer_in_a_captured_graph(rows: int, bits: int) -> None:
+    torch.manual_seed(rows)
+    weight, bias = torch.randn(1000, 900).cuda().bfloat16(), torch.randn(1000).cuda().bfloat16()
+    layer = QuantizedLinear(weight, bias, bits)
+    x, old = (torch.zeros(1, rows, size).cuda().bfloat16() for size in (900, 1000))
+    layer.add_into(old, x, 1.0), layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x)
+        layer.add_into(old, x, 0.5)
+    for _ in range(3):
+        x.normal_()
+        before = old.normal_().double()
+        graph.replay()
+        want = x.double() @ rounded(weight, bits).numbers(900).double().T + bias.double()
+        close = {"rtol": 2e-2, "atol": 2e-2 * 30}
+        torch.testing.assert_close(out.double(), want, **close)
+        torch.testing.assert_close(old.double(), before + 0.5 * want, **close)
+        assert (out.double() - want).std() < 5e-3 * want.std()
+    assert layer.arrived.count_nonzero() == 0
+
+
+@pytest.mark.skipif(not GPU, reason="an engine on a GPU is needed")
+def test_an_engine_on_a_gpu_answers_as_with_rounded_weights(bits: int, tmp_path) -> None:
+    """Prompts of many rows, decodes of few, graphs. Roundings of sums may part some answers."""
+    kind: Quantization = "wint8" if bits == 8 else "wint4"
+    rng = random.Random(bits)
+    prompts = [[rng.randrange(3, 500) for _ in range(rng.randrange(1, 90))] for _ in range(16)]
+    plain = loader.load("random:tiny", str(tmp_path), "cuda", "bfloat16")
+    network: Any = plain.model
+    for module in network.base_model.layers.modules():
+        if type(module) is torch.nn.Linear:
+            weight = rounded(module.weight.data, bits).numbers(module.in_features)
+            module.weight.data = weight.bfloat16()
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    found = []
+    for model, quantization in ((plain, None), ("random:tiny", kind)):
+        sizes: dict[str, Any] = {"num_blocks": 256, "max_num_seqs": 16, "max_model_len": 128}
+        llm = LLM(model, home=tmp_path, device="cuda", quantization=quantization, **sizes)
+        outputs = llm.generate(prompts, sampling)
+        found.append([tuple(output.outputs[0].token_ids) for output in outputs])
+    equal = sum(one == other for one, other in zip(*found, strict=True))
+    assert equal >= 12, found
