@@ -68,9 +68,9 @@ class Settings:
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that a worker may use."""
     max_num_seqs: int | None = None
-    """Most sequences that run at once; empty: 256 on a GPU, 64 on the CPU."""
+    """Most sequences that run at once; empty: 512 on a GPU, 64 on the CPU."""
     max_num_batched_tokens: int | None = None
-    """Most tokens in one step; empty: 8192 on a GPU, 2048 on the CPU."""
+    """Most tokens in one step; empty: 16384 on a GPU, 2048 on the CPU."""
     max_model_len: int | None = None
     """Most tokens of a sequence, prompt and output; empty: the model's own."""
     enable_prefix_caching: bool = True

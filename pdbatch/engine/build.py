@@ -6,11 +6,12 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pdbatch.engine import fences, loader, runner
+from pdbatch.engine import fences, loader, runner, sizing
 from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.blocks import BlockPool
 from pdbatch.engine.config import EngineConfig
@@ -18,9 +19,11 @@ from pdbatch.engine.engine import Engine
 from pdbatch.engine.handoff import DeviceRegion, KVLayout, KVTransfers, Region, make_region
 from pdbatch.engine.kvcache import KVShape, PagedKVCache
 from pdbatch.engine.loader import LoadedModel
+from pdbatch.engine.memory import allocated, is_shortage
 from pdbatch.engine.messages import EngineInfo
 from pdbatch.engine.ports import Ranks, Runner, Transfers
 from pdbatch.engine.sampler import Sampler
+from pdbatch.engine.sizing import Sizes
 from pdbatch.engine.stepper import ModelSide
 from pdbatch.errors import ConfigError
 
@@ -31,12 +34,6 @@ logger = logging.getLogger(__name__)
 
 RegionMaker = Callable[[EngineConfig, int, int, str], Region]
 """(configuration, blocks, bytes of a block, device)"""
-
-_CPU_CACHE_BYTES = 1 << 30
-_LEFT_FREE = 0.05
-"""Share of a GPU that stays free beside what other processes took, for a step's own needs."""
-_MOST_SEQS = {"cuda": 256, "cpu": 64}
-_MOST_BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +47,7 @@ class Part:
     on_take: Callable[[Sequence[int]], None] | None
     """Hears of blocks that get other content."""
     layout: KVLayout
-    max_num_seqs: int
-    max_model_len: int
+    sizes: Sizes
     release: Callable[[], None]
     """Lets go of what the runner keeps on the device besides the model; it runs no step after."""
 
@@ -108,28 +104,28 @@ def build_part(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if loaded is None:
-        loaded = loader.load(
-            config.model, config.home, config.device, config.dtype, group, config.quantization
-        )
-    kind = loaded.device.type
-    if kind == "cuda" and loaded.device.index is not None:
+        loaded = _loaded(config, group)
+    if loaded.device.type == "cuda" and loaded.device.index is not None:
         torch.cuda.set_device(loaded.device)
-    max_num_seqs = config.max_num_seqs or _MOST_SEQS.get(kind, 64)
-    max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
     runner.prepare_model(loaded)
     shape = runner.kv_shape(loaded, config.block_size)
-    useful = 2 * max_num_seqs * -(-max_model_len // config.block_size)
-    num_blocks = config.num_blocks or min(_num_blocks(config, loaded, shape), useful)
-    if group is not None:
-        num_blocks = group.least(num_blocks)
-    layout = kv_layout(loaded, shape)
-    cache, transfers, on_take = _memory(config, loaded, shape, num_blocks, ways, region)
+    sizes, num_blocks = sizing.num_blocks(config, loaded, shape, _peak(loaded, shape), group)
+    memory = _allocated(config, loaded, shape, num_blocks, group, region)
+    cache, transfers, on_take = _over(memory, config, loaded, shape, ways)
     model_runner = runner.make_runner(
-        loaded, cache, config, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+        loaded,
+        cache,
+        config,
+        max_num_seqs=sizes.max_num_seqs,
+        max_model_len=sizes.max_model_len,
     )
     model_runner.warmup()
     logger.info(
-        "%s on %s: %d blocks of %d bytes", loaded.name, loaded.device, num_blocks, shape.block_bytes
+        "%s on %s: %d blocks of %d bytes",
+        loaded.name,
+        loaded.device,
+        cache.num_blocks,
+        shape.block_bytes,
     )
     return Part(
         loaded=loaded,
@@ -137,9 +133,8 @@ def build_part(
         runner=model_runner,
         transfers=transfers,
         on_take=on_take,
-        layout=layout,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
+        layout=kv_layout(loaded, shape),
+        sizes=sizes,
         release=model_runner.close,
     )
 
@@ -169,9 +164,8 @@ def engine_of(
         info=_info(config, part),
         role=config.role,
         worker=config.worker,
-        max_num_seqs=part.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens
-        or _MOST_BATCHED_TOKENS.get(kind, 2048),
+        max_num_seqs=part.sizes.max_num_seqs,
+        max_num_batched_tokens=part.sizes.max_num_batched_tokens,
         pinned_share=config.pinned_share,
         preempt_every_steps=config.preempt_every_steps,
         keep_prompts=keep_prompts,
@@ -203,43 +197,74 @@ def _weights_name(loaded: LoadedModel) -> str:
     return loaded.name if loaded.quantization is None else f"{loaded.name} {loaded.quantization}"
 
 
-def _memory(
+def _loaded(config: EngineConfig, group: Group | None) -> LoadedModel:
+    """Raises ModelError, and ConfigError where the weights find no room."""
+    try:
+        return loader.load(
+            config.model, config.home, config.device, config.dtype, group, config.quantization
+        )
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
+        reason = str(error).splitlines()[0]
+    raise ConfigError(
+        f"the weights of {config.model} do not fit: {reason}",
+        remedy="use a larger or an emptier GPU, fewer bits (quantization), or share "
+        "the model with tensor_parallel_size",
+    )
+
+
+def _peak(loaded: LoadedModel, shape: KVShape) -> Callable[[Sizes], int | None] | None:
+    """How the memory of a step is measured; None where it cannot be."""
+    if not runner.runs_triton(loaded.device):
+        return None
+    from pdbatch.engine.peak import measured
+
+    return partial(measured, loaded, shape)
+
+
+def _allocated(
     config: EngineConfig,
     loaded: LoadedModel,
     shape: KVShape,
     num_blocks: int,
-    ways: Sequence[Any] | None,
+    group: Group | None,
     make: RegionMaker,
-) -> tuple[PagedKVCache, KVTransfers | None, Callable[[Sequence[int]], None] | None]:
-    """The cache, its hand-off, and who hears of blocks that get other content.
+) -> PagedKVCache | Region:
+    """The pool's memory: a region that peers can read where KV is handed over.
 
-    Where KV is handed over, the cache lies in a region that peers can read.
+    Where there turns out to be less of it, a pool that was sized here becomes smaller, the same on
+    all ranks. Raises ConfigError.
     """
-    if config.role == "mixed":
-        return PagedKVCache(shape, num_blocks, loaded.device), None, None
-    region = make(config, num_blocks, shape.block_bytes, str(loaded.device))
-    memory = region.tensor if isinstance(region, DeviceRegion) else region.buffer
-    cache = PagedKVCache(shape, num_blocks, loaded.device, memory)
-    transfers = KVTransfers(region, kv_layout(loaded, shape), config, ways=ways)
-    return cache, transfers, region.bump
+
+    def allocate(count: int) -> PagedKVCache | Region:
+        if config.role == "mixed":
+            return PagedKVCache(shape, count, loaded.device)
+        return make(config, count, shape.block_bytes, str(loaded.device))
+
+    may_shrink = config.num_blocks is None and config.kv_cache_bytes is None
+    memory, count = allocated(allocate, num_blocks, may_shrink=may_shrink)
+    least = count if group is None else group.least(count)
+    if least < count:
+        del memory
+        memory, _ = allocated(allocate, least, may_shrink=False)
+    return memory
 
 
-def _num_blocks(config: EngineConfig, loaded: LoadedModel, shape: KVShape) -> int:
-    """Blocks that the cache's bytes hold. Raises ConfigError if not even one."""
-    size = config.kv_cache_bytes
-    if size is None and loaded.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(loaded.device)
-        own = total * config.gpu_memory_utilization - torch.cuda.memory_reserved(loaded.device)
-        size = int(min(own, free - total * _LEFT_FREE))
-    elif size is None:
-        size = _CPU_CACHE_BYTES
-    count = size // shape.block_bytes
-    if count < 1:
-        raise ConfigError(
-            f"{size} bytes hold no block of {shape.block_bytes} bytes",
-            remedy="raise kv_cache_bytes or gpu_memory_utilization",
-        )
-    return count
+def _over(
+    memory: PagedKVCache | Region,
+    config: EngineConfig,
+    loaded: LoadedModel,
+    shape: KVShape,
+    ways: Sequence[Any] | None,
+) -> tuple[PagedKVCache, KVTransfers | None, Callable[[Sequence[int]], None] | None]:
+    """The cache, its hand-off, and who hears of blocks that get other content."""
+    if isinstance(memory, PagedKVCache):
+        return memory, None, None
+    buffer = memory.tensor if isinstance(memory, DeviceRegion) else memory.buffer
+    cache = PagedKVCache(shape, memory.num_blocks, loaded.device, buffer)
+    transfers = KVTransfers(memory, kv_layout(loaded, shape), config, ways=ways)
+    return cache, transfers, memory.bump
 
 
 def _info(config: EngineConfig, part: Part) -> EngineInfo:
@@ -249,7 +274,7 @@ def _info(config: EngineConfig, part: Part) -> EngineInfo:
         role=config.role,
         device=str(loaded.device),
         dtype=_name(loaded.dtype),
-        max_model_len=part.max_model_len,
+        max_model_len=part.sizes.max_model_len,
         block_size=config.block_size,
         num_blocks=part.cache.num_blocks,
         block_bytes=layout.block_bytes * layout.tp_size,

@@ -7,6 +7,21 @@ from typing import Literal
 
 from pdbatch.errors import ConfigError
 
+MOST_SEQS = {"cuda": 512, "cpu": 64}
+MOST_BATCHED_TOKENS = {"cuda": 16384, "cpu": 2048}
+"""By kind of device, where the configuration says nothing."""
+
+
+def most_seqs(device: str) -> int:
+    """Sequences that run at once by default on such a device (`cpu`, `cuda:1`, …)."""
+    return MOST_SEQS.get(device.partition(":")[0], MOST_SEQS["cpu"])
+
+
+def most_batched_tokens(device: str) -> int:
+    """Tokens of a step by default on such a device."""
+    return MOST_BATCHED_TOKENS.get(device.partition(":")[0], MOST_BATCHED_TOKENS["cpu"])
+
+
 Role = Literal["prefill", "decode", "mixed"]
 
 
@@ -36,11 +51,12 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Bytes of the pool; None: on a GPU what `gpu_memory_utilization` leaves, on the CPU 1 GiB."""
     gpu_memory_utilization: float = 0.9
-    """Share of the GPU's memory that this process may use."""
+    """Share of the GPU's memory that this process may use: weights, the largest step, and the pool;
+    not CUDA's own half GiB."""
     max_num_seqs: int | None = None
-    """Most sequences running at once; None: 256 on a GPU, 64 on the CPU."""
+    """Most sequences running at once; None: 512 on a GPU (fewer on a small one), 64 on the CPU."""
     max_num_batched_tokens: int | None = None
-    """Most tokens in one step; None: 8192 on a GPU, 2048 on the CPU."""
+    """Most tokens in one step; None: 16384 on a GPU (fewer on a small one), 2048 on the CPU."""
     max_model_len: int | None = None
     """Most tokens of a sequence, prompt and output; None: the model's own."""
     enable_prefix_caching: bool = True

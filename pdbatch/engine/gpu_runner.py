@@ -28,6 +28,7 @@ from pdbatch.engine.attention.upload import Upload
 from pdbatch.engine.graphs import DecodeGraphs
 from pdbatch.engine.kvcache import PagedKVCache
 from pdbatch.engine.loader import LoadedModel
+from pdbatch.engine.memory import is_shortage, release_unused
 from pdbatch.engine.model_input import ModelInput
 
 logger = logging.getLogger(__name__)
@@ -108,19 +109,34 @@ class GpuRunner:
 
     def warmup(self) -> None:
         """Run every kind of step once and capture graphs, so that the first requests find all
-        compiled. Call before any block is used."""
-        start_s = time.perf_counter()
+        compiled. Call before any block is used. A rehearsal that finds no memory is cut short, but
+        for a rank of several, where the others wait."""
+        start_s, device = time.perf_counter(), self.loaded.device
+        free_before, _ = torch.cuda.mem_get_info(device)
+        try:
+            self._rehearse()
+        except RuntimeError as error:
+            if self.loaded.shard is not None or not is_shortage(error):
+                raise
+            logger.warning("the rehearsal of steps found no memory: the first ones will be slower")
+        torch.cuda.synchronize(device)
+        release_unused()
+        free, _ = torch.cuda.mem_get_info(device)
+        logger.info(
+            "%d graphs of decodes; every step was rehearsed in %.1f s, which took %.2f GiB "
+            "and left %.2f",
+            self._graphs.count if self._graphs is not None else 0,
+            time.perf_counter() - start_s,
+            (free_before - free) / 2**30,
+            free / 2**30,
+        )
+
+    def _rehearse(self) -> None:
         for batch in rehearsal.mixed(self._sizes, self._max_model_len):
             self.execute(batch)
         if self._graphs is not None and self._decodes_here:
             with torch.cuda.device(self.loaded.device), torch.inference_mode():
                 self._graphs.rehearse(self._max_model_len)
-        torch.cuda.synchronize(self.loaded.device)
-        logger.info(
-            "%d graphs of decodes; every step was rehearsed in %.1f s",
-            self._graphs.count if self._graphs is not None else 0,
-            time.perf_counter() - start_s,
-        )
 
     def close(self) -> None:
         """Let go of the graphs. No step may follow."""

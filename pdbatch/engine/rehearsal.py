@@ -37,6 +37,13 @@ def mixed(sizes: decodes.Sizes, most_keys: int) -> Iterator[ModelInput]:
             yield _step(batch.context_lens, [(0, 8), (8, 8)], size)
 
 
+def largest(seqs: int, tokens: int, most_keys: int, block_size: int) -> ModelInput:
+    """As many tokens and as many rows of logits as a step may have."""
+    seqs = min(seqs, tokens)
+    each, more = divmod(min(tokens, seqs * most_keys), seqs)
+    return _step([], [(0, each + (seq < more)) for seq in range(seqs)], block_size)
+
+
 def _decodes(rows: int, kind: decodes.Kind, block_size: int, most_keys: int) -> ModelInput:
     """Families are found by equal blocks, and here all blocks are one."""
     lens = [min(16, most_keys)] * rows

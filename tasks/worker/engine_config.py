@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pdbatch.config import Settings
-from pdbatch.engine.config import EngineConfig
+from pdbatch.engine.config import EngineConfig, most_seqs
 from pdbatch.local.processes import LEAST_SHARDS
 
-MOST_SEQS_GPU, MOST_SEQS_CPU = 256, 64
 SHARDS_AHEAD = 2
 """Sequences that a worker has for each one that can run: when many end at once, as many wait
 already, and the shards of those that ended are replaced meanwhile."""
@@ -45,8 +44,7 @@ def engine_config(settings: Settings, *, worker: str, host: str) -> EngineConfig
 
 def max_seqs(settings: Settings, device: str) -> int:
     """Sequences that run at once, as the engine decides it where nothing is set."""
-    default = MOST_SEQS_GPU if device.startswith("cuda") else MOST_SEQS_CPU
-    return settings.max_num_seqs or default
+    return settings.max_num_seqs or most_seqs(device)
 
 
 def shards_at_once(settings: Settings, device: str) -> int:

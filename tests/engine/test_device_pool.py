@@ -8,7 +8,6 @@ from __future__ import annotations
 import select
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -17,7 +16,7 @@ from test_handoff import Pair, alone, make_requests, token_ids
 
 from kvxfer import DeviceRegion, MemTransport
 from kvxfer.transports import Fault
-from pdbatch.engine import build, fences, ways
+from pdbatch.engine import fences, ways
 from pdbatch.engine.build import build_engine
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.engine import Engine
@@ -279,18 +278,3 @@ def test_a_kernel_is_compiled_before_the_first_pull(monkeypatch) -> None:
     own.error = RuntimeError("no C compiler")
     assert ways.rehearsed([ipc, tcp], config, region) == [tcp] and ipc.calls == ["close"]
     assert ways.rehearsed([ipc], config, region) == [ipc], "asked for alone: it shall say so itself"
-
-
-def test_two_engines_share_a_gpu_whichever_comes_first(model, monkeypatch) -> None:
-    """What the first one took is not taken off the second one's share once more."""
-    block_bytes = 3 * 2 * 8 * 2 * 16 * 4
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1_000)
-    on_gpu = replace(model, device=torch.device("cuda:0"))
-    shape = build.runner.kv_shape(model, 8)
-    config = EngineConfig(model="m", home="h", gpu_memory_utilization=0.45)
-    total = 1000 * block_bytes
-    for free in (0.9 * total, 0.52 * total):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), total))
-        assert build._num_blocks(config, on_gpu, shape) == 449
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(0.2 * total), total))
-    assert build._num_blocks(config, on_gpu, shape) in (149, 150)

@@ -20,8 +20,14 @@ from pdbatch import LLM, SamplingParams
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no triton on this machine", allow_module_level=True)
 
+from pdbatch.engine import peak
 from pdbatch.engine.gpu_runner import GpuRunner, Head, prepare_model
 from pdbatch.engine.graphs import ladder
+from pdbatch.engine.kvcache import PagedKVCache
+from pdbatch.engine.memory import taken_by
+from pdbatch.engine.runner import kv_shape
+from pdbatch.engine.sampler import Sampler
+from pdbatch.engine.sizing import Sizes
 
 gpu = [
     pytest.mark.gpu,
@@ -138,3 +144,17 @@ class TestOnGpu:
             ours = logits[torch.arange(len(tokens)), torch.tensor(tokens)]
             scale = logits.abs().amax(-1)
             assert ((best - ours) <= scale * 2**-5).all(), f"{(best - ours).max()}"
+
+    def test_a_measured_step_is_what_steps_take(self) -> None:
+        model = on_gpu("llama", torch.bfloat16)
+        prepare_model(model)
+        shape = kv_shape(model, 16)
+        small = Sizes(max_num_seqs=32, max_num_batched_tokens=1024, max_model_len=128)
+        large = Sizes(max_num_seqs=256, max_num_batched_tokens=65536, max_model_len=512)
+        one, other = peak.measured(model, shape, small), peak.measured(model, shape, large)
+        assert one is not None and other is not None and one < other
+        sampler = Sampler(model.vocab_size, model.device)
+        cache = PagedKVCache(shape, 1, model.device)
+        again = GpuRunner(model, cache, max_num_seqs=256, max_model_len=512, cuda_graphs=False)
+        taken = taken_by(lambda: peak.run(again, sampler, large, 16), model.device)
+        assert taken <= other * 1.1 + (32 << 20)

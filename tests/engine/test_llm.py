@@ -81,5 +81,5 @@ def test_misuse_is_named(llm: LLM) -> None:
         llm.generate([[1], [2]], [GREEDY])
     with pytest.raises(ConfigError, match="power of two"):
         LLM(tiny_models.loaded(tiny_models.make("llama")), block_size=7)
-    with pytest.raises(ConfigError, match="hold no block"):
+    with pytest.raises(ConfigError, match="no room for a block"):
         LLM(tiny_models.loaded(tiny_models.make("llama")), kv_cache_bytes=10)

@@ -49,3 +49,15 @@ def test_prompts_come_alone_after_others_and_beside_decodes() -> None:
         assert all(counts), "no empty chunk"
         assert len(batch.input_ids_T) == batch.cu_seqlens_q[-1]
     assert len(list(rehearsal.mixed(sizes, 12))) == 1
+
+
+@pytest.mark.parametrize(
+    ("seqs", "tokens", "most_keys", "rows", "total"),
+    [(512, 16384, 8192, 512, 16384), (512, 100, 8192, 100, 100), (3, 1000, 64, 3, 192)],
+)
+def test_the_largest_step(seqs: int, tokens: int, most_keys: int, rows: int, total: int) -> None:
+    batch = rehearsal.largest(seqs, tokens, most_keys, 16)
+    assert len(batch.logits_indices) == len(batch.context_lens) == rows
+    assert batch.cu_seqlens_q[-1] == len(batch.input_ids_T) == total
+    assert max(batch.context_lens) <= most_keys and min(batch.context_lens) > 0
+    assert (batch.slot_mapping_T == -1).all() and not batch.block_tables_SM.any()
