@@ -14,6 +14,7 @@ import torch
 from pdbatch.engine import fences, loader, runner, sizing
 from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.blocks import BlockPool
+from pdbatch.engine.caches import keep_compiled
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.engine import Engine
 from pdbatch.engine.handoff import DeviceRegion, KVLayout, KVTransfers, Region, make_region
@@ -96,7 +97,8 @@ def build_part(
     ways: Sequence[Any] | None = None,
     region: RegionMaker = make_region,
 ) -> Part:
-    """Everything that touches the device, loaded, sized and warmed up.
+    """Everything that touches the device, loaded, sized and warmed up, in this order: weights, the
+    largest step measured (`sizing`), the pool, the rehearsal of all steps.
 
     The ranks of a group call this at the same time: the model's parts talk meanwhile, and all pools
     get as many blocks as the smallest can have.
@@ -105,8 +107,10 @@ def build_part(
         torch.set_num_threads(config.threads)
     if loaded is None:
         loaded = _loaded(config, group)
-    if loaded.device.type == "cuda" and loaded.device.index is not None:
-        torch.cuda.set_device(loaded.device)
+    if loaded.device.type == "cuda":
+        if loaded.device.index is not None:
+            torch.cuda.set_device(loaded.device)
+        keep_compiled(config.home)
     runner.prepare_model(loaded)
     shape = runner.kv_shape(loaded, config.block_size)
     sizes, num_blocks = sizing.num_blocks(config, loaded, shape, _peak(loaded, shape), group)

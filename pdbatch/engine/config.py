@@ -32,7 +32,7 @@ class EngineConfig:
     model: str
     """Alias, folder, GGUF file or hub name."""
     home: str
-    """Where converted models are kept: `<home>/models`."""
+    """Where converted models are kept (`<home>/models`), and compiled kernels (`<home>/cache`)."""
     role: Role = "mixed"
     """prefill hands sequences off after their first token; decode adopts them; mixed does both."""
     device: str = "auto"
