@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from pdbatch.bench.workloads import Asked
+from pdbatch.engine.quantization.convert import Quantization, weight_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ class Cost:
     """Of one pair of query and key in all layers."""
 
 
-def cost_of(config: Any, dtype: torch.dtype) -> Cost:
+def cost_of(config: Any, dtype: torch.dtype, quantization: Quantization | None = None) -> Cost:
     """Of a decoder with gated feed-forward layers, with or without experts."""
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     heads = int(config.num_attention_heads)
@@ -64,11 +65,12 @@ def cost_of(config: Any, dtype: torch.dtype) -> Cost:
     active = int(config.num_experts_per_tok) if experts else 1
     head = hidden * int(config.vocab_size)
     feed_forward = 3 * hidden * inner
-    read = layers * (attention + feed_forward * int(experts or 1)) + head
+    read = layers * (attention + feed_forward * int(experts or 1))
+    bits = weight_bits(quantization) if quantization else 8 * dtype.itemsize
     return Cost(
         body_weights=layers * (attention + feed_forward * active),
         head_weights=head,
-        step_bytes=read * dtype.itemsize,
+        step_bytes=round(read * bits / 8) + head * dtype.itemsize,
         kv_bytes=layers * 2 * kv_heads * size * dtype.itemsize,
         pair_flop=4 * layers * heads * size,
     )

@@ -88,6 +88,7 @@ class Report:
     model: str
     device: str
     dtype: str
+    quantization: Quantization | None = None
     tensor_parallel_size: int
     rates: Rates
     """Of the first device; floors are those of all together."""
@@ -143,6 +144,7 @@ def _report(
         model=subject.name,
         device=subject.where,
         dtype=str(subject.dtype).removeprefix("torch."),
+        quantization=plan.quantization,
         tensor_parallel_size=subject.num_ranks,
         rates=rates,
         start_s=start_s,

@@ -10,6 +10,7 @@ import torch
 from pdbatch.bench.floor import Cost, Rates, cost_of
 from pdbatch.engine import loader
 from pdbatch.engine.llm import LLM
+from pdbatch.engine.quantization.convert import Quantization
 
 if TYPE_CHECKING:
     from pdbatch.bench.measure import Plan
@@ -24,6 +25,7 @@ class Subject:
     config: Any
     """transformers' configuration of the whole model (its text part)."""
     dtype: torch.dtype
+    quantization: Quantization | None = None
     device: torch.device
     """The first one's; rates are measured there."""
     num_ranks: int
@@ -40,7 +42,7 @@ class Subject:
     @property
     def cost(self) -> Cost:
         """Of the whole model."""
-        return cost_of(self.config, self.dtype)
+        return cost_of(self.config, self.dtype, self.quantization)
 
     def all_rates(self, one: Rates) -> Rates:
         """Of all devices together, if `one` is the first's; ranks on a CPU share it."""
@@ -69,6 +71,7 @@ def find(plan: Plan) -> Subject:
             name=loaded.name,
             config=loaded.config,
             dtype=loaded.dtype,
+            quantization=plan.quantization,
             device=loaded.device,
             num_ranks=1,
             max_model_len=loaded.max_model_len,
@@ -83,6 +86,7 @@ def find(plan: Plan) -> Subject:
         name=loader.model_name(plan.model),
         config=config,
         dtype=loader.pick_dtype(plan.dtype, device, config),
+        quantization=plan.quantization,
         device=device,
         num_ranks=size,
         max_model_len=loader.max_model_len_of(config),

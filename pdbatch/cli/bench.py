@@ -117,8 +117,10 @@ def _engine(settings: Settings) -> dict[str, Any]:
 
 def _head(report: Report) -> str:
     tokens = report.num_blocks * report.block_size
+    weights = f" with weights of {report.quantization}" if report.quantization else ""
     lines = [
-        f"{report.model} in {report.dtype} on {report.device}, ready after {report.start_s:.1f} s",
+        f"{report.model} in {report.dtype}{weights} on {report.device},"
+        f" ready after {report.start_s:.1f} s",
         f"up to {report.max_num_seqs} sequences and {report.max_num_batched_tokens:,} tokens in a"
         f" step, room for {tokens:,} tokens of KV",
         f"products {report.rates.flop_s / 1e12:.3g} TFLOP/s, copies"

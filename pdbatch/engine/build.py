@@ -107,6 +107,11 @@ def build_part(
         torch.set_num_threads(config.threads)
     if loaded is None:
         loaded = _loaded(config, group)
+    elif config.quantization not in (None, loaded.quantization):
+        raise ConfigError(
+            "a model that is in memory already stays as it is: it cannot be quantized",
+            remedy="name its folder, or give `quantization` to the loader",
+        )
     if loaded.device.type == "cuda":
         if loaded.device.index is not None:
             torch.cuda.set_device(loaded.device)

@@ -92,6 +92,12 @@ def test_a_mixture_of_experts_is_refused_untouched(family: str) -> None:
     assert before.keys() == model.state_dict().keys()
 
 
+def test_a_model_in_memory_is_not_quantized(tmp_path) -> None:
+    model = loader.load("random:tiny", str(tmp_path), "cpu")
+    with pytest.raises(ConfigError, match="in memory already"):
+        LLM(model, home=tmp_path, quantization="wint8")
+
+
 def test_an_unknown_quantization_is_refused() -> None:
     with pytest.raises(ConfigError, match="wint8 or wint4"):
         EngineConfig(model="random:tiny", home="unused", quantization="int3")  # type: ignore[arg-type]

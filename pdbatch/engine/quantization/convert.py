@@ -13,6 +13,7 @@ import torch
 
 from pdbatch.engine import merged
 from pdbatch.engine.quantization.linear import QuantizedLinear
+from pdbatch.engine.quantization.rounding import SLAB
 from pdbatch.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,11 @@ logger = logging.getLogger(__name__)
 Quantization = Literal["wint8", "wint4"]
 BITS: Final[dict[Quantization, int]] = {"wint8": 8, "wint4": 4}
 """Bits of a weight, by the names that FastDeploy has for weight-only quantization."""
+
+
+def weight_bits(kind: Quantization) -> float:
+    """Bits that a weight takes in memory, its share of the scales included."""
+    return BITS[kind] + (32 / SLAB if kind == "wint4" else 0)
 
 
 @runtime_checkable

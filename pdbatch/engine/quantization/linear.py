@@ -37,6 +37,7 @@ class QuantizedLinear(torch.nn.Module):
         q, scales = packed.pack(rounded(weight_NK.detach(), bits))
         self.register_buffer("q", q)
         self.register_buffer("scales", scales)
+        self._has_kernel = q.is_cuda and importlib.util.find_spec("triton") is not None
         count = _MOST_TILES if self._has_kernel else 0
         arrived = torch.zeros(count, dtype=torch.int32, device=weight_NK.device)
         self.register_buffer("arrived", arrived)
@@ -82,10 +83,6 @@ class QuantizedLinear(torch.nn.Module):
         )
         narrow.widen(self.q, self.scales, out_NK)
         return out_NK
-
-    @property
-    def _has_kernel(self) -> bool:
-        return self.q.is_cuda and importlib.util.find_spec("triton") is not None
 
     def _narrow(self, flat_TK: torch.Tensor) -> bool:
         """Whether the kernel is to take these rows."""
