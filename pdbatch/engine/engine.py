@@ -136,8 +136,8 @@ class Engine:
         remedies = Remedies(
             is_shortage=is_shortage,
             release=release_unused,
-            start_over=self._start_over,
-            fail=self._fail_for_memory,
+            start_over=self._life.start_over,
+            fail=self._life.fail,
         )
         self._shortage = Shortage(
             self.scheduler, self._stepper, remedies if ranks is None else None
@@ -253,7 +253,7 @@ class Engine:
             self._collect()
             self._compute()
         except BaseException:
-            self._start_over()
+            self._life.start_over()
             raise
         if self._dropped is not None and not self._life.open and not self._pulls:
             self._out.other.append(Drained(dropped=self._dropped))
@@ -266,15 +266,6 @@ class Engine:
         """Retire what is in flight: all tokens are known then, ended sequences hold nothing."""
         while self._stepper.flights:
             self._life.advance(self._shortage.retire())
-
-    def _start_over(self) -> None:
-        self._stepper.drop()
-        self._blocks.pool.forget_all()
-        self._life.start_over()
-
-    def _fail_for_memory(self, request: ActiveRequest) -> None:
-        message = "the device had no memory for it, even alone; lower gpu_memory_utilization"
-        self._life.fail(request, "out_of_memory", message)
 
     def _collect(self) -> None:
         """Ended pulls, new pulls."""

@@ -118,7 +118,10 @@ class Lifecycle:
             self._branch(request)
 
     def start_over(self) -> None:
-        """Nothing of what steps have computed counts any more: what runs is computed again."""
+        """Nothing of what steps have computed counts any more: no content of blocks can be found,
+        steps in flight are forgotten, what runs waits to be computed again."""
+        self._stepper.drop()
+        self._blocks.pool.forget_all()
         for request in self.open.values():
             for sequence in request.sequences:
                 sequence.sampling.num_pending_tokens = 0

@@ -29,6 +29,7 @@ from pdbatch.engine.stepper import Stepper
 
 logger = logging.getLogger(__name__)
 
+_MESSAGE = "the device had no memory for it, even alone; lower gpu_memory_utilization"
 _WAITS_S = (0.1, 0.5, 2.0)
 """Before each further try of a sequence alone."""
 _CALM_STEPS, _MOST_CALM_STEPS = 32, 512
@@ -46,8 +47,8 @@ class Remedies:
     """Give what is cached but unused back to the device."""
     start_over: Callable[[], None]
     """Forget all steps in flight; what runs waits to be computed anew."""
-    fail: Callable[[ActiveRequest], None]
-    """End a request for want of memory."""
+    fail: Callable[[ActiveRequest, str, str], None]
+    """End a request with an error: code, message."""
     wait: Callable[[float], None] = time.sleep
     """For so many seconds."""
 
@@ -130,7 +131,7 @@ class Shortage:
             return
         self._tries = 0
         logger.warning("no memory for %s even alone: it ends with an error", request.key)
-        remedies.fail(request)
+        remedies.fail(request, "out_of_memory", _MESSAGE)
 
     def _went_well(self) -> None:
         """Steps grow again after enough of these."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -323,3 +325,15 @@ def test_other_errors_and_engines_of_several_ranks_are_not_kept_alive() -> None:
 )
 def test_what_counts_as_no_memory(error: BaseException | None, expected: bool) -> None:
     assert is_shortage(error) is expected
+
+
+def test_an_engine_goes_without_a_collection_of_cycles() -> None:
+    """A GPU's pool must not wait for one."""
+    fake = make_engine()
+    gone = weakref.ref(fake.engine)
+    gc.disable()
+    try:
+        del fake
+        assert gone() is None
+    finally:
+        gc.enable()
