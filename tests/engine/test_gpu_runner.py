@@ -24,7 +24,7 @@ from pdbatch.engine import peak
 from pdbatch.engine.gpu_runner import GpuRunner, Head, prepare_model
 from pdbatch.engine.graphs import ladder
 from pdbatch.engine.kvcache import PagedKVCache
-from pdbatch.engine.memory import taken_by
+from pdbatch.engine.memory import release_unused, taken_by
 from pdbatch.engine.runner import kv_shape
 from pdbatch.engine.sampler import Sampler
 from pdbatch.engine.sizing import Sizes
@@ -158,3 +158,42 @@ class TestOnGpu:
         again = GpuRunner(model, cache, max_num_seqs=256, max_model_len=512, cuda_graphs=False)
         taken = taken_by(lambda: peak.run(again, sampler, large, 16), model.device)
         assert taken <= other * 1.1 + (32 << 20)
+
+    def test_a_capture_without_memory_leaves_steps_as_they_are(self) -> None:
+        engine = on_gpu("llama")
+        loops = [_gpu_loop(engine, cuda_graphs=False), _gpu_loop(engine)]
+        graphs = loops[1].runner._graphs
+        run = graphs._run
+
+        def starved(step):
+            if torch.cuda.is_current_stream_capturing():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return run(step)
+
+        graphs._run = starved
+        work = list(enumerate(prompts(3, 7)))
+        for _step in range(3):
+            one, other = (
+                loop.step([(s, list(ids)) for s, ids in work], list(range(7))) for loop in loops
+            )
+            torch.testing.assert_close(other, one)
+            work = [(s, [int(token)]) for s, token in enumerate(one.argmax(-1))]
+        assert graphs.count == 0 and graphs._full
+
+    def test_steps_that_find_no_memory_give_the_same_tokens(self) -> None:
+        engine = on_gpu("llama", intermediate_size=2048)
+        llm = LLM(engine, num_blocks=2000, max_num_seqs=64, max_num_batched_tokens=8192)
+        asked = prompts(5, 120)
+        told = [output.outputs[0].token_ids for output in llm.generate(asked, GREEDY)]
+        llm.engine._blocks.pool.forget_all()
+        release_unused()
+        total = torch.cuda.mem_get_info()[1]
+        share = (torch.cuda.memory_reserved() + (24 << 20)) / total
+        torch.cuda.set_per_process_memory_fraction(share)
+        try:
+            again = llm.generate(asked, GREEDY)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert [output.outputs[0].token_ids for output in again] == told
+        assert llm.engine.scheduler.max_num_batched_tokens < 8192, "memory did run out"
+        llm.engine.check()
