@@ -14,7 +14,7 @@ import functools
 import itertools
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Weights:
         ]
 
 
-def graph_us(calls: list[Callable[[], object]], repeats: int = 5) -> float:
+def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
     """Microseconds of one call, of several in a captured graph: the least of some replays."""
     for call in calls[:2]:
         call()
