@@ -67,12 +67,16 @@ class KVProducer:
         block_ids: Sequence[int],
         token_ids: Sequence[int],
         payload: bytes = b"",
+        *,
+        checksum: bool | None = None,
     ) -> KVDescriptor:
         """The blocks hold the KV of `token_ids`, the last one perhaps in part. Raises KVUsageError
         for an id that is pinned already, for too few or too many blocks, for one that the region
         has not.
 
-        Checksums are computed here, after what the current stream of a device was told before.
+        Checksums are computed here, after what the current stream of a device was told before;
+        `checksum` says whether, other than this producer does. If a device has no memory for them,
+        torch's error comes through and nothing is pinned.
         """
         blocks = tuple(block_ids)
         self.region.check(blocks)
@@ -80,7 +84,7 @@ class KVProducer:
             size = self.layout.block_size
             raise KVUsageError(f"{len(blocks)} blocks of {size} for {len(token_ids)} tokens")
         sums: tuple[int, ...] = ()
-        if self.checksum:
+        if self.checksum if checksum is None else checksum:
             sums = block_sums(self.region, self.layout, blocks, len(token_ids))
         with self._lock:
             if handoff_id in self._pinned:

@@ -83,6 +83,7 @@ from kvxfer import (
 )
 from pdbatch.engine import fences
 from pdbatch.engine.config import EngineConfig
+from pdbatch.engine.memory import is_shortage, release_unused
 from pdbatch.engine.messages import Adoption, Handoff
 from pdbatch.engine.payload import HandoffPayload, decode_payload, encode_payload, unpack_tokens
 from pdbatch.engine.ports import Incoming, PullRefused, PullResult
@@ -197,7 +198,14 @@ class KVTransfers:
         """`pin` on one of several ranks: its own part. When rank 0 has a step's tokens, that step's
         writes are over on every rank: its last sums came after them."""
         assert self._producer is not None, "a decode engine pins nothing"
-        return self._producer.pin(handoff_id, blocks, prompt, payload)
+        try:
+            return self._producer.pin(handoff_id, blocks, prompt, payload)
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+        release_unused()
+        logger.warning("%s goes without checksums, for which there is no memory", handoff_id)
+        return self._producer.pin(handoff_id, blocks, prompt, payload, checksum=False)
 
     def unpin(self, handoff_id: str) -> None:
         """Stop offering."""

@@ -213,6 +213,28 @@ def test_damaged_kv_is_prefilled_again_where_checksums_are_sent(model, block_siz
     pair.close()
 
 
+def test_prompts_go_without_checksums_where_there_is_no_memory_for_them(model, monkeypatch) -> None:
+    from kvxfer import producer
+
+    real, calls = producer.block_sums, []
+
+    def starved(*args):
+        calls.append(args)
+        if len(calls) % 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(producer, "block_sums", starved)
+    pair = Pair(engine("prefill", model, kv_checksum=True), engine("decode", model))
+    requests = make_requests(6, temperature=0)
+    pair.run(requests)
+    assert {key: token_ids(output) for key, output in pair.outputs.items()} == alone(
+        model, requests
+    )
+    assert len(calls) == 6 and not pair.codes
+    pair.close()
+
+
 def test_preemption_on_the_decode_side_changes_nothing(model) -> None:
     decode = engine("decode", model, num_blocks=26, max_num_seqs=6)
     pair = Pair(engine("prefill", model), decode)
