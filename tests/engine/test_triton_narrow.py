@@ -80,6 +80,9 @@ def test_widening(shape: tuple[int, int], bits: int) -> None:
         narrow.widen(*packed, out)
         want = one.numbers(inputs).to(dtype)
         torch.testing.assert_close(out.cpu(), want, rtol=8e-3, atol=0)
+        some = torch.empty(21, inputs, dtype=dtype, device=DEVICE)
+        narrow.widen(*packed, some, 32)
+        assert torch.equal(some, out[32:53])
 
 
 @pytest.mark.skipif(not GPU, reason="a GPU's graphs are needed")

@@ -226,11 +226,13 @@ def _product(
         tl.store(out_MN_ptr, out_MN.to(out_ptr.dtype.element_ty), mask=seen_MN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_N", "last_N"])
 def _widen(
     q_ptr,
     scale_ptr,
     out_ptr,
+    first_N,
+    last_N,
     count_N,
     count_K,
     BITS: tl.constexpr,
@@ -239,14 +241,14 @@ def _widen(
 ):
     BYTES: tl.constexpr = SLAB * BITS // 8
     slab = tl.program_id(0)
-    n_N = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    real_N = n_N < count_N
+    n_N = first_N + tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    real_N = n_N < last_N
     b_B = tl.arange(0, BYTES)
     at = slab.to(tl.int64) * count_N
     q_ptr += at * BYTES
     q_NB = tl.load(q_ptr + n_N[:, None] * BYTES + b_B[None, :], mask=real_N[:, None], other=0)
     k_B = slab * SLAB + b_B
-    out_NB_ptr = out_ptr + n_N[:, None].to(tl.int64) * count_K + k_B[None, :]
+    out_NB_ptr = out_ptr + (n_N - first_N)[:, None].to(tl.int64) * count_K + k_B[None, :]
     kind: tl.constexpr = out_ptr.dtype.element_ty
     if BITS == 8:
         scale_N = tl.load(scale_ptr + n_N, mask=real_N, other=0.0)
@@ -335,13 +337,15 @@ def product(
     )
 
 
-def widen(q_SNB: torch.Tensor, scales: torch.Tensor, out_NK: torch.Tensor) -> None:
-    """The weight as numbers, rounded to the output's dtype."""
+def widen(q_SNB: torch.Tensor, scales: torch.Tensor, out_NK: torch.Tensor, first: int = 0) -> None:
+    """The weight's rows from `first` on, as many as `out_NK` has, as numbers of its dtype."""
     slabs, outputs, width = q_SNB.shape
-    _widen[(slabs, triton.cdiv(outputs, 64))](
+    _widen[(slabs, triton.cdiv(out_NK.shape[0], 64))](
         q_SNB,
         scales,
         out_NK,
+        first,
+        first + out_NK.shape[0],
         outputs,
         out_NK.shape[1],
         BITS=width // 16,
