@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pdbatch.engine import fences, loader, runner, sizing
+from pdbatch.engine import fences, loader, pool, runner, sizing
 from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.blocks import BlockPool
 from pdbatch.engine.caches import keep_compiled
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.engine import Engine
-from pdbatch.engine.handoff import DeviceRegion, KVLayout, KVTransfers, Region, make_region
+from pdbatch.engine.handoff import KVLayout, KVTransfers, make_region
 from pdbatch.engine.kvcache import KVShape, PagedKVCache
 from pdbatch.engine.loader import LoadedModel
-from pdbatch.engine.memory import allocated, is_shortage
+from pdbatch.engine.memory import is_shortage
 from pdbatch.engine.messages import EngineInfo
+from pdbatch.engine.pool import RegionMaker
 from pdbatch.engine.ports import Ranks, Runner, Transfers
 from pdbatch.engine.sampler import Sampler
 from pdbatch.engine.sizing import Sizes
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from pdbatch.engine.parallel.group import Group
 
 logger = logging.getLogger(__name__)
-
-RegionMaker = Callable[[EngineConfig, int, int, str], Region]
-"""(configuration, blocks, bytes of a block, device)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +117,9 @@ def build_part(
     runner.prepare_model(loaded)
     shape = runner.kv_shape(loaded, config.block_size)
     sizes, num_blocks = sizing.num_blocks(config, loaded, shape, _peak(loaded, shape), group)
-    memory = _allocated(config, loaded, shape, num_blocks, group, region)
-    cache, transfers, on_take = _over(memory, config, loaded, shape, ways)
+    layout = kv_layout(loaded, shape)
+    memory = pool.memory(config, shape, num_blocks, loaded.device, group, region)
+    cache, transfers, on_take = pool.over(memory, config, shape, loaded.device, layout, ways)
     model_runner = runner.make_runner(
         loaded,
         cache,
@@ -142,7 +141,7 @@ def build_part(
         runner=model_runner,
         transfers=transfers,
         on_take=on_take,
-        layout=kv_layout(loaded, shape),
+        layout=layout,
         sizes=sizes,
         release=model_runner.close,
     )
@@ -230,50 +229,6 @@ def _peak(loaded: LoadedModel, shape: KVShape) -> Callable[[Sizes], int | None] 
     from pdbatch.engine.peak import measured
 
     return partial(measured, loaded, shape)
-
-
-def _allocated(
-    config: EngineConfig,
-    loaded: LoadedModel,
-    shape: KVShape,
-    num_blocks: int,
-    group: Group | None,
-    make: RegionMaker,
-) -> PagedKVCache | Region:
-    """The pool's memory: a region that peers can read where KV is handed over.
-
-    Where there turns out to be less of it, a pool that was sized here becomes smaller, the same on
-    all ranks. Raises ConfigError.
-    """
-
-    def allocate(count: int) -> PagedKVCache | Region:
-        if config.role == "mixed":
-            return PagedKVCache(shape, count, loaded.device)
-        return make(config, count, shape.block_bytes, str(loaded.device))
-
-    may_shrink = config.num_blocks is None and config.kv_cache_bytes is None
-    memory, count = allocated(allocate, num_blocks, may_shrink=may_shrink)
-    least = count if group is None else group.least(count)
-    if least < count:
-        del memory
-        memory, _ = allocated(allocate, least, may_shrink=False)
-    return memory
-
-
-def _over(
-    memory: PagedKVCache | Region,
-    config: EngineConfig,
-    loaded: LoadedModel,
-    shape: KVShape,
-    ways: Sequence[Any] | None,
-) -> tuple[PagedKVCache, KVTransfers | None, Callable[[Sequence[int]], None] | None]:
-    """The cache, its hand-off, and who hears of blocks that get other content."""
-    if isinstance(memory, PagedKVCache):
-        return memory, None, None
-    buffer = memory.tensor if isinstance(memory, DeviceRegion) else memory.buffer
-    cache = PagedKVCache(shape, memory.num_blocks, loaded.device, buffer)
-    transfers = KVTransfers(memory, kv_layout(loaded, shape), config, ways=ways)
-    return cache, transfers, memory.bump
 
 
 def _info(config: EngineConfig, part: Part) -> EngineInfo:

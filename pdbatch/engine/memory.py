@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
-
-from pdbatch.errors import ConfigError
-
-logger = logging.getLogger(__name__)
-
-Pool = TypeVar("Pool")
 
 _SAID = ("out of memory", "STATUS_ALLOC_FAILED")
 """In the messages of CUDA, Triton, cuBLAS and cuDNN, whose errors have no type of their own."""
@@ -84,28 +76,3 @@ def taken_by(step: Callable[[], object], device: torch.device) -> int:
     step()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_reserved(device) - held
-
-
-def allocated(
-    allocate: Callable[[int], Pool], num_blocks: int, *, may_shrink: bool
-) -> tuple[Pool, int]:
-    """What `allocate` makes of so many blocks, or of fewer where memory is short; and how many.
-
-    Raises ConfigError if there is no room even for a tenth, or for all if it may not shrink.
-    """
-    count = num_blocks
-    while True:
-        try:
-            return allocate(count), count
-        except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError) or is_shortage(error)):
-                raise
-        release_unused()
-        count = count * 9 // 10
-        if not may_shrink or count < max(1, num_blocks // 10):
-            raise ConfigError(
-                f"there is no memory for a pool of {num_blocks} blocks",
-                remedy="lower what sizes it (num_gpu_blocks, kv_cache_bytes or "
-                "gpu_memory_utilization), or see what else uses the GPU",
-            )
-        logger.warning("no memory for a pool of %d blocks: %d are tried", num_blocks, count)

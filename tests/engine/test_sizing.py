@@ -12,7 +12,8 @@ import torch
 from pdbatch.engine import runner, sizing
 from pdbatch.engine.config import EngineConfig, most_batched_tokens, most_seqs
 from pdbatch.engine.loader import LoadedModel
-from pdbatch.engine.memory import Room, allocated
+from pdbatch.engine.memory import Room
+from pdbatch.engine.pool import allocated
 from pdbatch.engine.sizing import Sizes
 from pdbatch.errors import ConfigError
 
