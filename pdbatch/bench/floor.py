@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pdbatch.bench.workloads import Asked
-from pdbatch.engine.quantization.convert import Quantization, weight_bits
+from pdbatch.engine.quantization.convert import HEAD_BITS, Quantization, weight_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +67,11 @@ def cost_of(config: Any, dtype: torch.dtype, quantization: Quantization | None =
     feed_forward = 3 * hidden * inner
     read = layers * (attention + feed_forward * int(experts or 1))
     bits = weight_bits(quantization) if quantization else 8 * dtype.itemsize
+    head_bits = HEAD_BITS if quantization else 8 * dtype.itemsize
     return Cost(
         body_weights=layers * (attention + feed_forward * active),
         head_weights=head,
-        step_bytes=round(read * bits / 8) + head * dtype.itemsize,
+        step_bytes=round(read * bits / 8 + head * head_bits / 8),
         kv_bytes=layers * 2 * kv_heads * size * dtype.itemsize,
         pair_flop=4 * layers * heads * size,
     )

@@ -93,6 +93,8 @@ def load(
             refuse_experts(network)
         sharder = Sharder(group, None if quantizer is None else quantizer.layer)
         shard, text_config = sharder.shard(network), sharder.config(text_config)
+        if quantizer is not None:
+            quantizer.head(network)
     elif quantizer is not None:
         quantizer.model(network)
     network = network.to(target)

@@ -30,6 +30,10 @@ def _round_in_place(model, bits: int) -> int:
         if type(module) is torch.nn.Linear:
             module.weight.data = rounded(module.weight.data, bits).numbers(module.in_features)
             count += 1
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(copy.deepcopy(head))  # apart from the embeddings
+    head = model.get_output_embeddings()
+    head.weight.data = rounded(head.weight.data, 8).numbers(head.in_features)
     return count
 
 
@@ -44,7 +48,7 @@ def test_a_quantized_model_is_the_model_with_rounded_weights(family: str, kind) 
     one, two = Loop(loaded(plain)), Loop(narrow)
     quantizer = Quantizer(kind, CPU)
     quantizer.model(narrow.model)
-    assert quantizer.count == 3 * 4  # merged: queries with keys and values, gate with up
+    assert quantizer.count == 3 * 4 + 1  # merged: queries with keys and values, gate with up
     for work in (
         [(0, PROMPTS[0]), (1, PROMPTS[1][:20])],
         [(0, [7]), (1, PROMPTS[1][20:]), (2, PROMPTS[2])],
@@ -64,7 +68,7 @@ def test_layers_that_are_not_known_are_quantized_too(monkeypatch) -> None:
     count = _round_in_place(plain, 4)
     quantizer = Quantizer("wint4", CPU)
     quantizer.model(narrow.model)
-    assert quantizer.count == count == 3 * 7
+    assert quantizer.count == count + 1 == 3 * 7 + 1
     a, b = (Loop(one).step([(0, list(PROMPTS[1]))], [0]) for one in (loaded(plain), narrow))
     torch.testing.assert_close(a, b, rtol=5e-4, atol=5e-4)
 

@@ -121,6 +121,8 @@ def test_an_engine_on_a_gpu_answers_as_with_rounded_weights(bits: int, tmp_path)
         if type(module) is torch.nn.Linear:
             weight = rounded(module.weight.data, bits).numbers(module.in_features)
             module.weight.data = weight.bfloat16()
+    head = network.get_output_embeddings()
+    head.weight.data = rounded(head.weight.data, 8).numbers(head.in_features).bfloat16()
     sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     found = []
     for model, quantization in ((plain, None), ("random:tiny", kind)):

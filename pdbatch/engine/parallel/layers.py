@@ -88,7 +88,8 @@ class SharedHead(torch.nn.Module):
     ) -> None:
         """P is the same on every rank: the last one's rows are padded."""
         super().__init__()
-        self.weight = torch.nn.Parameter(weight_PC, requires_grad=False)
+        self.weight: Any = torch.nn.Parameter(weight_PC, requires_grad=False)
+        self.narrow: QuantizedLinear | None = None
         self.bias = None
         if bias_P is not None:
             self.bias = torch.nn.Parameter(bias_P, requires_grad=False)
@@ -97,5 +98,14 @@ class SharedHead(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., C] to [..., V], the same on every rank."""
-        parts = self._group.gather(F.linear(x, self.weight, self.bias))
+        narrow = self.narrow
+        part = F.linear(x, self.weight, self.bias) if narrow is None else narrow(x)
+        parts = self._group.gather(part)
         return parts.movedim(0, -2).flatten(-2)[..., : self._vocab_size]
+
+    def quantize(self, bits: int) -> bool:
+        """Round this rank's part of the weight, which goes; False where that was done before."""
+        if self.narrow is not None:
+            return False
+        self.narrow, self.weight = QuantizedLinear(self.weight, self.bias, bits), None
+        return True

@@ -16,6 +16,14 @@ _FEW_ROWS = 16
 _WIDE = 200
 """With so many programs of their own the multiprocessors have enough to do without shares."""
 
+_PIECE_BYTES = 256e6
+
+
+def piece(outputs: int, inputs: int) -> int:
+    """Outputs whose weights are widened at a time."""
+    pieces = -(-outputs * inputs * 2 // int(_PIECE_BYTES))
+    return -(-outputs // pieces)
+
 
 def cut(bits: int, rows: int, outputs: int, slabs: int) -> Tiles:
     """The kernel's cut of a product. What a row gives depends on its number of rows by the tile

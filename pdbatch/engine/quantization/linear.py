@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from pdbatch.engine.quantization import packed
-from pdbatch.engine.quantization.cuts import MOST_ROWS, cut
+from pdbatch.engine.quantization.cuts import MOST_ROWS, cut, piece
 from pdbatch.engine.quantization.rounding import rounded
 
 _MOST_TILES = 4096
@@ -53,10 +53,13 @@ class QuantizedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] to [..., N]."""
         flat_TK = x.reshape(-1, self.in_features)
-        if not self._narrow(flat_TK):
+        if not self._has_kernel:
             return F.linear(x, self.widened(), self.bias)
         out_TN = flat_TK.new_empty(flat_TK.shape[0], self.out_features)
-        self._product(flat_TK, out_TN, None)
+        if self._narrow(flat_TK):
+            self._product(flat_TK, out_TN, None)
+        else:
+            self._in_pieces(flat_TK, out_TN, None)
         return out_TN.view(*x.shape[:-1], self.out_features)
 
     def add_into(self, residual: torch.Tensor, x: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -66,23 +69,39 @@ class QuantizedLinear(torch.nn.Module):
         if self._narrow(flat_TK):
             self._product(flat_TK, flat_TN, alpha)
         else:
-            flat_TN.addmm_(flat_TK, self.widened().t(), alpha=alpha)
-            if self.bias is not None:
-                flat_TN.add_(self.bias, alpha=alpha)
+            self._in_pieces(flat_TK, flat_TN, alpha)
         return residual
 
-    def widened(self) -> torch.Tensor:
-        """The weight [N, K] as numbers of the model's dtype."""
+    def widened(self, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Rows of the weight as numbers of the model's dtype: [last - first, K], or all."""
+        last = self.out_features if last is None else last
         if not self._has_kernel:
-            made = packed.unpack(self.q, self.scales)
+            made = packed.unpack(self.q[:, first:last], self.scales[..., first:last])
             return made.numbers(self.in_features).to(self._dtype)
         from pdbatch.engine.kernels import narrow
 
-        out_NK = torch.empty(
-            self.out_features, self.in_features, dtype=self._dtype, device=self.q.device
+        some_NK = torch.empty(
+            last - first, self.in_features, dtype=self._dtype, device=self.q.device
         )
-        narrow.widen(self.q, self.scales, out_NK)
-        return out_NK
+        narrow.widen(self.q, self.scales, some_NK, first)
+        return some_NK
+
+    def _in_pieces(self, flat_TK: torch.Tensor, out_TN: torch.Tensor, alpha: float | None) -> None:
+        """Widen some outputs' weights, multiply, and let them go before the next."""
+        size = piece(self.out_features, self.in_features)
+        for first in range(0, self.out_features, size):
+            last = min(first + size, self.out_features)
+            some_NK, some_TN = self.widened(first, last), out_TN[:, first:last]
+            bias = None if self.bias is None else self.bias[first:last]
+            if alpha is not None:
+                some_TN.addmm_(flat_TK, some_NK.t(), alpha=alpha)
+                if bias is not None:
+                    some_TN.add_(bias, alpha=alpha)
+            elif bias is None:
+                torch.mm(flat_TK, some_NK.t(), out=some_TN)
+            else:
+                torch.addmm(bias, flat_TK, some_NK.t(), out=some_TN)
+            del some_NK  # so that the next piece gets its memory
 
     def _narrow(self, flat_TK: torch.Tensor) -> bool:
         """Whether the kernel is to take these rows."""
