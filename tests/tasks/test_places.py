@@ -17,8 +17,8 @@ from tasks.worker.engine_config import shards_at_once
     ("given", "device", "shards"),
     [
         ({}, "cpu", 8),
-        ({}, "cuda:0", 8),
-        ({"max_num_seqs": 512}, "cuda:0", 16),
+        ({}, "cuda:0", 16),
+        ({"max_num_seqs": 256}, "cuda:0", 8),
         ({"max_num_seqs": 512, "shard_size": 100}, "cuda:0", 11),
         ({"max_num_seqs": 512, "worker_shards": 3}, "cuda:0", 3),
     ],
