@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kvxfer.errors import KVUsageError
+from kvxfer.pages import LargePages, shared_buffer
 
 MAGIC = 0x4B56_5846_4552_0002
 PAGE_BYTES = 4096
@@ -48,6 +49,7 @@ class Region:
 
     device = "cpu"
     buffer: memoryview
+    _pages: LargePages | None = None
 
     def __init__(
         self, num_blocks: int, block_bytes: int, *, epoch: int = 0, shared: bool = True
@@ -55,6 +57,9 @@ class Region:
         self._make(num_blocks, block_bytes, num_blocks * block_bytes, epoch, shared)
         self.buffer = self._view[data_offset(num_blocks) :]
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+        if shared:
+            first = data_offset(num_blocks)
+            self._pages = LargePages(self.address - first, first + num_blocks * block_bytes)
 
     def _make(
         self, num_blocks: int, block_bytes: int, data_bytes: int, epoch: int, shared: bool
@@ -66,16 +71,17 @@ class Region:
         self.on_revoke: list[Callable[[], None]] = []
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
         size = data_offset(num_blocks) + data_bytes
-        self.fd = os.memfd_create(f"kvxfer-{self.id}", os.MFD_CLOEXEC) if shared else -1
+        self.fd = -1
         if shared:
+            self.fd = os.memfd_create(f"kvxfer-{self.id}", os.MFD_CLOEXEC)
             os.ftruncate(self.fd, size)
-        self._attach(mmap.mmap(self.fd, size))
+        self._attach(shared_buffer(self.fd, size) if shared else mmap.mmap(-1, size))
         number = int(self.id, 16)
         HEADER.pack_into(self._map, 0, MAGIC, epoch, num_blocks, block_bytes, 1, number)
 
-    def _attach(self, mapped: mmap.mmap) -> None:
+    def _attach(self, mapped: Any) -> None:
         self._map = mapped
-        self._view = view = memoryview(mapped)
+        self._view = view = memoryview(mapped).cast("B")
         self._head = view[: HEADER.size].cast("Q")
         self.generations = view[PAGE_BYTES : PAGE_BYTES + 8 * self.num_blocks].cast("Q")
 
@@ -110,6 +116,13 @@ class Region:
         generations = self.generations
         for block in block_ids:
             generations[block] += 1
+
+    def take(self, block_ids: Sequence[int]) -> None:
+        """`bump`; and what shares their memory lies in large pages from now on (`kvxfer.pages`)."""
+        self.bump(block_ids)
+        if self._pages is not None:
+            first = data_offset(self.num_blocks)
+            self._pages.use((first + b * self.block_bytes for b in block_ids), self.block_bytes)
 
     def check(self, block_ids: Sequence[int]) -> None:
         """Raises KVUsageError unless the region has all of these blocks."""

@@ -69,6 +69,7 @@ def make_region(num_blocks: int, block_bytes: int, device: str, fill: int) -> Re
     """On the host or on a device; every page was touched, as an engine's were."""
     if device == "cpu":
         region = Region(num_blocks, block_bytes)
+        region.take(range(num_blocks))
         region.buffer[:] = bytes([fill]) * region.num_bytes
         return region
     from kvxfer.cuda import cuda_region

@@ -10,14 +10,12 @@ told to, it also looks every second for regions that were revoked.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import select
 import threading
 import weakref
-from functools import cache
-from typing import Any
 
+from kvxfer import pages
 from kvxfer.errors import BadDescriptor, PeerLost
 from kvxfer.region import EPOCH, HEADER, MAGIC, OPEN, PAGE_BYTES, data_offset
 from kvxfer.transports.base import Address, number, text
@@ -123,7 +121,7 @@ class Mapped:
         self.process = _Process(pid, text(address, "start"))
         where, size = _map(f"/proc/{pid}/fd/{fd_number}")
         # Not at the interpreter's end: a thread may read then.
-        weakref.finalize(self, _libc().munmap, where, max(size, 1)).atexit = False
+        weakref.finalize(self, pages.unmap, where, size).atexit = False
         self._adopt(where, size, f"descriptor {fd_number} of process {pid}")
 
     def _adopt(self, where: int, size: int, name: str) -> None:
@@ -206,23 +204,8 @@ def _map(path: str) -> tuple[int, int]:
         raise PeerLost(f"the peer's region: {error}", errno=error.errno) from error
     try:
         size = os.fstat(fd).st_size
-        where = _libc().mmap(None, max(size, 1), mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+        return pages.map_shared(fd, size, writable=False), size
+    except OSError as error:
+        raise PeerLost(f"the peer's region: {error.strerror}", errno=error.errno) from error
     finally:
         os.close(fd)
-    if where in (None, ctypes.c_void_p(-1).value):
-        errno = ctypes.get_errno()
-        raise PeerLost(f"the peer's region: {os.strerror(errno)}", errno=errno)
-    return where, size
-
-
-@cache
-def _libc() -> Any:
-    """mmap by hand: the standard library's gives no address of memory that is read only."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
-        *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
-    ]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    return libc

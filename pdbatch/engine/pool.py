@@ -65,7 +65,7 @@ def over(
         return made, None, None
     buffer = made.tensor if isinstance(made, DeviceRegion) else made.buffer
     cache = PagedKVCache(shape, made.num_blocks, device, buffer)
-    return cache, KVTransfers(made, layout, config, ways=ways), made.bump
+    return cache, KVTransfers(made, layout, config, ways=ways), made.take
 
 
 def allocated(
