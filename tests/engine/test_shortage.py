@@ -12,7 +12,16 @@ import torch
 from engine_fakes import FakeEngine, expected_output, make_engine
 
 from pdbatch.engine.memory import is_shortage
-from pdbatch.engine.messages import Adopt, Adoption, EngineRequest, Finished, Prefilled, Submit
+from pdbatch.engine.messages import (
+    Abort,
+    Adopt,
+    Adoption,
+    EngineRequest,
+    Finished,
+    Prefilled,
+    Reset,
+    Submit,
+)
 from pdbatch.engine.rng import seed_from_key
 from pdbatch.errors import EngineDied
 from pdbatch.request import RequestOutput, RequestSpec
@@ -137,6 +146,39 @@ def test_answers_are_right_wherever_memory_runs_out(
         else:
             assert output.error.code == "out_of_memory" and len(starved.waited_s) >= 3
     assert starved.raised and starved.released >= starved.raised
+
+
+@pytest.mark.parametrize("attempt", range(8))
+def test_aborts_resets_and_preemptions_while_memory_is_short(attempt: int) -> None:
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    fake = make_engine(run_ahead=attempt % 2 == 0, guesses=attempt % 4 < 2, num_blocks=24)
+    fake.engine._preempt_every = rng.choice([None, 60])
+    starved = Starved(fake)
+    starved.at_launch = lambda tokens, seqs: tokens > 1 and rng.random() < 0.2
+    starved.at_fetch = lambda: rng.random() < 0.1
+    requests, aborted, outputs = {}, set(), {}
+    for at in range(160):
+        if at < 100 and rng.random() < 0.3:
+            request = a_request(rng, f"r{at}", [7] * 16)
+            requests[request.key] = request
+            fake.engine.handle(Submit([request]))
+        open_keys = [key for key in requests if key not in outputs and key not in aborted]
+        if open_keys and rng.random() < 0.1:
+            aborted.add(rng.choice(open_keys))
+            fake.engine.handle(Abort(list(aborted)))
+        if rng.random() < 0.02:
+            fake.engine.handle(Reset(at))
+            aborted |= {key for key in requests if key not in outputs}
+        for event in fake.engine.step():
+            outputs |= {output.key: output for output in event.outputs}
+        fake.engine.check()
+    outputs |= run(fake)
+    assert set(outputs) == set(requests) - aborted
+    for key, output in outputs.items():
+        if output.error is None or output.error.code != "out_of_memory":
+            check_right(requests[key], output)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
