@@ -31,6 +31,7 @@ OTHER_VARIABLES = frozenset({"PDBATCH_DEBUG"})
 
 Role = Literal["prefill", "decode", "mixed"]
 Quantization = Literal["wint8", "wint4"]
+Compile = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -57,6 +58,8 @@ class Settings:
     """`auto` (float32 on the CPU, the model's own on a GPU), `float32`, `bfloat16`, `float16`."""
     quantization: Quantization | None = None
     """`wint8` or `wint4`: weights rounded to so many bits after loading; empty: not."""
+    compile: Compile = "auto"
+    """`on`, `off`: compile layers that have no form of ours, on a GPU with Triton; `auto`: off."""
     role: Role = "mixed"
     """What a worker does: `prefill` hands over after the first token, `decode` takes over."""
     block_size: int = 16

@@ -108,4 +108,5 @@ _CHOICES: Final = {
     "log_level": ("debug", "info", "warning", "error"),
     "engine": ("auto", "null"),
     "quantization": ("wint8", "wint4"),
+    "compile": ("auto", "on", "off"),
 }

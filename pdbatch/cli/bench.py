@@ -103,6 +103,7 @@ def _workloads(names: str) -> tuple[Workload, ...]:
 def _engine(settings: Settings) -> dict[str, Any]:
     """What the settings say of an engine, as keywords of `LLM`."""
     return {
+        "compile": settings.compile,
         "block_size": settings.block_size,
         "num_blocks": settings.num_gpu_blocks,
         "kv_cache_bytes": settings.kv_cache_bytes,

@@ -29,6 +29,10 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
         "type": click.Choice(["wint8", "wint4"]),
         "help": "Weights of 8 or 4 bits, rounded after loading.",
     },
+    "compile": {
+        "type": click.Choice(["auto", "on", "off"]),
+        "help": "Compile layers that have no form of ours, on a GPU (auto: off).",
+    },
     "block_size": {"metavar": "N", "help": "Tokens in a block of the KV cache (16)."},
     "gpu_memory_utilization": {"metavar": "SHARE", "help": "Of the GPU's memory (0.9)."},
     "max_num_seqs": {"metavar": "N", "help": "Most sequences running at once."},
@@ -47,13 +51,14 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
 
 _SWITCHES: Final = frozenset({"kv_checksum"})
 ENGINE_OPTIONS: Final = (
+    "compile",
     "block_size",
     "gpu_memory_utilization",
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",
 )
-"""What an engine's size is told by, with vLLM's names and meanings."""
+"""What an engine is told, its size with vLLM's names and meanings."""
 
 
 def settings_options(*names: str) -> Callable[[F], F]:

@@ -10,9 +10,10 @@ captured into graphs of decodes like everything else.
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from pdbatch.engine.attention import operator
 from pdbatch.engine.merged.layer import MergedLayer
@@ -23,20 +24,48 @@ _KINDS_OF_LAYERS = 16
 """Programs for one class of layers (windows, one token or many, one runner or several)."""
 
 
-def compile_layers(model: Any, home: str | None, backend: str = "inductor") -> int:
-    """Let layers that are not merged be compiled when they next run; how many are.
+class Compiled:
+    """One runner's compiled layers. A model of which all layers are merged has none."""
 
-    What the compiler makes is kept in `<home>/cache/inductor`, unless the environment's
-    TORCHINDUCTOR_CACHE_DIR names another folder. None: wherever torch keeps it.
-    """
+    def __init__(self, model: Any, backend: str = "inductor") -> None:
+        self._model = model
+        self._count = compile_layers(model, backend)
+        self._settled = False
+
+    def tried(self, rehearse: Callable[[], None]) -> bool:
+        """Run all that is to be compiled. False: torch refused, and layers run as they are.
+
+        Afterwards nothing is compiled any more: what would need it runs as it is.
+        """
+        try:
+            rehearse()
+        except _refusals() as error:
+            reason = str(error).strip().splitlines()[0]
+            logger.warning("layers run without being compiled, which torch refuses: %s", reason)
+            for layer in self._model.base_model.layers:
+                layer._compiled_call_impl = None
+            self._count = 0
+            return False
+        self._settled = True
+        return True
+
+    def run(self, body: Any, inputs: dict[str, Any]) -> Any:
+        """`body(**inputs)`."""
+        if not self._count or not self._settled:
+            return body(**inputs)
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return body(**inputs)
+
+
+def compile_layers(model: Any, backend: str = "inductor") -> int:
+    """Let layers that are not merged be compiled when they next run; how many are."""
     layers = getattr(model.base_model, "layers", None) or ()
     plain = [layer for layer in layers if not isinstance(layer, MergedLayer)]
     if not plain:
         return 0
-    if home is not None:
-        folder = Path(home).expanduser() / "cache" / "inductor"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    _room_for_kinds()
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _KINDS_OF_LAYERS)
     operator.name_layers(model)
     for layer in plain:
         layer.compile(fullgraph=True, dynamic=True, backend=backend)
@@ -44,23 +73,9 @@ def compile_layers(model: Any, home: str | None, backend: str = "inductor") -> i
     return len(plain)
 
 
-def give_up(model: Any, error: Exception) -> None:
-    """Let the layers run as they are."""
-    for layer in model.base_model.layers:
-        layer._compiled_call_impl = None
-    reason = str(error).strip().splitlines()[0]
-    logger.warning("layers run without being compiled, which torch refuses: %s", reason)
-
-
-def refusals() -> tuple[type[Exception], ...]:
+def _refusals() -> tuple[type[Exception], ...]:
     """What torch raises for a layer that it cannot compile."""
     import torch._dynamo.exc as exc
     from torch._inductor.exc import InductorError
 
     return (exc.TorchDynamoException, InductorError)
-
-
-def _room_for_kinds() -> None:
-    import torch._dynamo.config as dynamo
-
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _KINDS_OF_LAYERS)

@@ -44,6 +44,8 @@ class EngineConfig:
     """`auto` (float32 on the CPU, the model's own on a GPU), `float32`, `bfloat16`, `float16`."""
     quantization: Literal["wint8", "wint4"] | None = None
     """Weights of the layers rounded to 8 or 4 bits after loading; None: they stay in `dtype`."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile layers that are not merged, on a GPU with Triton; `auto` is off."""
     block_size: int = 16
     """Tokens in a block of the KV cache."""
     num_blocks: int | None = None
@@ -100,6 +102,8 @@ class EngineConfig:
             raise ConfigError("gpu_memory_utilization must be above 0 and at most 1")
         if not 0 < self.pinned_share <= 1:
             raise ConfigError("pinned_share must be above 0 and at most 1")
+        if self.compile not in ("auto", "on", "off"):
+            raise ConfigError(f"compile must be auto, on or off, not {self.compile!r}")
         if self.quantization not in (None, "wint8", "wint4"):
             raise ConfigError(f"quantization must be wint8 or wint4, not {self.quantization!r}")
         counts = ("num_blocks", "kv_cache_bytes", "max_num_seqs")

@@ -25,6 +25,7 @@ from pdbatch.engine.attention.hook import KEYWORD
 from pdbatch.engine.attention.operator import Place
 from pdbatch.engine.attention.triton_step import TritonStep
 from pdbatch.engine.attention.upload import Upload
+from pdbatch.engine.compiled import Compiled
 from pdbatch.engine.graphs import DecodeGraphs
 from pdbatch.engine.kvcache import PagedKVCache
 from pdbatch.engine.loader import LoadedModel
@@ -53,8 +54,12 @@ class GpuRunner:
         max_model_len: int,
         cuda_graphs: bool = True,
         decodes_here: bool = True,
+        compiled: bool = False,
     ) -> None:
-        """Without `decodes_here` no graphs are captured before they are needed."""
+        """Without `decodes_here` no graphs are captured before they are needed.
+
+        With `compiled` layers that are not merged are compiled, which `warmup` sees through.
+        """
         self.loaded = loaded
         self.cache = cache
         device = loaded.device
@@ -71,6 +76,7 @@ class GpuRunner:
             windowed=getattr(config, "sliding_window", None) is not None,
             equal=EqualPrompts() if serves(device, cache.shape.head_dim, loaded.dtype) else None,
         )
+        self._compiled = Compiled(loaded.model) if compiled else None
         self._max_model_len, self._decodes_here = max_model_len, decodes_here
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs:
@@ -114,7 +120,8 @@ class GpuRunner:
         start_s, device = time.perf_counter(), self.loaded.device
         free_before, _ = torch.cuda.mem_get_info(device)
         try:
-            self._rehearse()
+            if self._compiled is None or not self._compiled.tried(self._rehearse):
+                self._rehearse()
         except RuntimeError as error:
             if self.loaded.shard is not None or not is_shortage(error):
                 raise
@@ -144,12 +151,16 @@ class GpuRunner:
 
     def _run(self, step: prepare.Step, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The body; [T, C], or those rows alone if the last layer picks them."""
-        output = self._body(
-            input_ids=step.input_ids_T.unsqueeze(0),
-            position_ids=step.positions_T.unsqueeze(0),
-            use_cache=False,
-            **{KEYWORD: self._place.hold(TritonStep(self.cache, step.tables, rows))},
-        )
+        inputs = {
+            "input_ids": step.input_ids_T.unsqueeze(0),
+            "position_ids": step.positions_T.unsqueeze(0),
+            "use_cache": False,
+            KEYWORD: self._place.hold(TritonStep(self.cache, step.tables, rows)),
+        }
+        if self._compiled is None:
+            output = self._body(**inputs)
+        else:
+            output = self._compiled.run(self._body, inputs)
         hidden_TC: torch.Tensor = output.last_hidden_state[0]
         return hidden_TC
 

@@ -63,6 +63,7 @@ def make_runner(
         max_model_len=max_model_len,
         cuda_graphs=config.cuda_graphs,
         decodes_here=config.role != "prefill",
+        compiled=config.compile == "on",
     )
 
 

@@ -21,6 +21,7 @@ def engine_config(settings: Settings, *, worker: str, host: str) -> EngineConfig
         tensor_parallel_size=settings.tensor_parallel_size,
         dtype=settings.dtype,
         quantization=settings.quantization,
+        compile=settings.compile,
         block_size=settings.block_size,
         num_blocks=settings.num_gpu_blocks,
         kv_cache_bytes=settings.kv_cache_bytes,

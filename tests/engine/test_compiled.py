@@ -37,7 +37,7 @@ def test_one_graph_for_equal_layers_and_equal_answers(family: str) -> None:
     plain = _tokens(Loop(loaded(copy.deepcopy(model))), 1)
     counter: Any = CompileCounterWithBackend("aot_eager")
     loop = Loop(loaded(model))
-    assert compiled.compile_layers(model, None, backend=counter) == 3  # fullgraph: a break raises
+    assert compiled.compile_layers(model, backend=counter) == 3  # fullgraph: a break raises
     assert _tokens(loop, 1) == plain
     kinds = 2 if family == "gemma2" else 1  # with a window and without
     programs = [sum(_is_attention(node) for node in graph.graph.nodes) for graph in counter.graphs]
@@ -53,7 +53,7 @@ def test_inductor_answers_as_eager() -> None:
     model = make("cohere")
     plain = _tokens(Loop(loaded(copy.deepcopy(model))), 2)
     loop = Loop(loaded(model))
-    assert compiled.compile_layers(model, None) == 3
+    assert compiled.compile_layers(model) == 3
     assert _tokens(loop, 2) == plain
 
 
@@ -62,7 +62,7 @@ def test_merged_layers_are_left_alone() -> None:
 
     engine = loaded(make("llama"))
     assert merged.merge(engine.model) == 3
-    assert compiled.compile_layers(engine.model, None) == 0
+    assert compiled.compile_layers(engine.model) == 0
 
 
 def test_what_cannot_be_compiled_runs_as_it_did(caplog: pytest.LogCaptureFixture) -> None:
@@ -75,13 +75,33 @@ def test_what_cannot_be_compiled_runs_as_it_did(caplog: pytest.LogCaptureFixture
 
     plain = _tokens(Loop(engine), 3)
     engine.model.model.layers[0].mlp.forward = broken
-    loop = Loop(engine)
-    compiled.compile_layers(engine.model, None, backend="eager")
-    with pytest.raises(compiled.refusals()) as caught:
-        _tokens(loop, 3)
-    compiled.give_up(engine.model, caught.value)
+    layers = compiled.Compiled(engine.model, backend="eager")
+    assert not layers.tried(lambda: _tokens(Loop(engine), 3) and None)
     assert "without being compiled" in caplog.text
     assert _tokens(Loop(engine), 3) == plain
+
+
+def test_after_the_rehearsal_nothing_is_compiled() -> None:
+    engine = loaded(make("cohere"))
+    counter: Any = CompileCounterWithBackend("eager")
+    layers = compiled.Compiled(engine.model, backend=counter)
+    body = engine.model.base_model
+
+    def run(ids: list[int]) -> torch.Tensor:
+        tokens = torch.tensor([ids])
+        positions = torch.arange(len(ids)).unsqueeze(0)
+        place, step = operator.Place(), _Noted()
+        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+        inputs[hook.KEYWORD] = place.hold(step)
+        with torch.inference_mode():
+            return layers.run(body, inputs).last_hidden_state
+
+    assert layers.tried(lambda: run([5, 6, 7]) is None)
+    before = counter.frame_count
+    assert before > 0
+    one, two = run([5]), run([5, 6, 8, 9])  # one token would be another program
+    assert counter.frame_count == before
+    torch.testing.assert_close(one[0, 0], two[0, 0])  # _Noted attends to nothing
 
 
 class _Noted:

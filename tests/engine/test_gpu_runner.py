@@ -97,6 +97,22 @@ class TestOnGpu:
             work = [(s, [int(token)]) for s, token in enumerate(logits[0].argmax(-1))]
         assert loops[1].runner._graphs.count == 1
 
+    @pytest.mark.parametrize("family", ["cohere", "olmo"])
+    def test_compiled_layers_answer_as_plain_torch(self, family: str) -> None:
+        engine = on_gpu(family)
+        plain = Loop(engine, num_blocks=300)
+        ours = _gpu_loop(engine, compiled=True)
+        ours.runner.warmup()
+        assert ours.runner._compiled._count == 3 and ours.runner._graphs.count > 3
+        work = list(enumerate(prompts(6, 7)))
+        for _step in range(3):
+            logits = [
+                loop.step([(s, list(ids)) for s, ids in work], list(range(7)))
+                for loop in (plain, ours)
+            ]
+            torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+            work = [(s, [int(token)]) for s, token in enumerate(logits[0].argmax(-1))]
+
     def test_graphs_of_many_sizes_and_kinds(self) -> None:
         engine = on_gpu("llama")
         plain, graphs = Loop(engine, num_blocks=900), _gpu_loop(engine, 900)

@@ -9,7 +9,7 @@ import torch
 from tiny_models import VOCAB, Loop, loaded, make
 from triton_machine import DEVICE, GPU, marks
 
-from pdbatch.engine import experts
+from pdbatch.engine import compiled, experts
 from pdbatch.engine.kernels import experts as kernels
 from pdbatch.engine.kernels.activation import KINDS
 from pdbatch.engine.merged.facts import activation
@@ -111,3 +111,20 @@ def test_half_precision_with_many_rows_goes_the_other_way() -> None:
     finally:
         kernels.experts = original
     assert [args[0].shape[0] for args in took] == [few]
+
+
+def test_a_compiled_layer_meets_the_experts_as_an_operator() -> None:
+    """A mixture whose layers are not merged."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2}
+    plain, ours = (loaded(make("olmoe", **sizes), DEVICE) for _ in range(2))
+    assert experts.use(ours.model) == 3
+    layers = compiled.Compiled(ours.model, backend="aot_eager")
+    loops = [Loop(plain, num_blocks=40), Loop(ours, num_blocks=40)]
+    ids = [5, 17, 140, 60, 9]
+
+    def step(tokens: list[int]) -> None:
+        logits = [loop.step([(0, list(tokens))], [0]) for loop in loops]
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+
+    assert layers.tried(lambda: step(ids))
+    step([7])

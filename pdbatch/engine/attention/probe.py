@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pdbatch.engine.attention.hook import KEYWORD
+from pdbatch.engine.attention.operator import Place
 from pdbatch.errors import ModelError
 
 _REMEDY = "choose a decoder whose layers all attend with the same heads (llama, qwen3, gemma2, …)"
@@ -42,6 +43,7 @@ class Probe:
 def cache_dims(model: Any, device: torch.device, num_layers: int) -> tuple[int, int, int]:
     """(layers, KV heads, head size) of a model. Raises ModelError if it cannot be paged."""
     probe = Probe()
+    Place().hold(probe)  # layers may be compiled already
     zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with torch.inference_mode():
         model(input_ids=zero, position_ids=zero, use_cache=False, **{KEYWORD: probe})
