@@ -100,12 +100,15 @@ class TcpTransport:
             line = self._connection(where, deadline)
             sock = line.sock
             if destination.device == "cpu":
-                views = [destination.buffer[dst : dst + size] for dst, size in pieces]
-                stamp = _ask(sock, request, views, len(plan.src_blocks), deadline)
+                buffer = destination.buffer
+                _send(sock, request, deadline)  # the peer wakes while we cut ours
+                views = [buffer[dst : dst + size] for dst, size in pieces]
+                stamp = _receive(sock, views, len(plan.src_blocks), deadline)
             else:
                 with self._bounces.use(destination) as bounce:
                     room = bounce.to_device(pieces)
-                    stamp = _ask(sock, request, room, len(plan.src_blocks), deadline)
+                    _send(sock, request, deadline)
+                    stamp = _receive(sock, room, len(plan.src_blocks), deadline)
         except BaseException as error:
             if line is not None:
                 line.sock.close()
@@ -192,17 +195,19 @@ def _request(region: str, plan: ReadPlan) -> tuple[bytes, list[tuple[int, int]]]
     return request, [(dst, num_bytes) for _, dst, num_bytes in wanted]
 
 
-def _ask(
+def _send(sock: socket.socket, request: bytes, deadline: float) -> None:
+    if len(request) > _NEVER_BLOCKS_BYTES:
+        wire.limit(sock, socket.SO_SNDTIMEO, wire.left(deadline))
+    wire.send(sock, [memoryview(request)])
+
+
+def _receive(
     sock: socket.socket,
-    request: bytes,
     views: Sequence[memoryview] | Generator[memoryview],
     num_blocks: int,
     deadline: float,
 ) -> Stamp:
     """`views`: where the blocks' bytes go; from a generator they are asked for one by one."""
-    if len(request) > _NEVER_BLOCKS_BYTES:
-        wire.limit(sock, socket.SO_SNDTIMEO, wire.left(deadline))
-    wire.send(sock, [memoryview(request)])
     status = bytearray(STATUS_BYTES)
     tail = bytearray(HEADER.size + 8 * num_blocks)
     try:
