@@ -2,9 +2,9 @@
 
     python benchmarks/experts.py [--shape NAME] [--rows 1 8 32 …]
 
-bfloat16, random weights, each token's experts drawn evenly, in a CUDA graph. The floor is the time in
-which the weights of the experts that are met would be read at 3.0 TB/s, or their products done at
-700 TFLOP/s.
+bfloat16, random weights, each token's experts drawn evenly, in a CUDA graph. The floor is the time
+in which the weights of the experts that are met would be read at 3.0 TB/s, or their products done
+at 700 TFLOP/s.
 """
 
 from __future__ import annotations

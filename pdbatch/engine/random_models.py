@@ -43,6 +43,9 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
     "llama-3-70b": _shape("llama", 8192, 28672, 80, 64, 8, 128_256, **_LLAMA_3),
     "qwen3-8b": _shape("qwen3", 4096, 12288, 36, 32, 8, 151_936, head_dim=128),
     "qwen3-30b-a3b": _shape("qwen3_moe", 2048, 6144, 48, 32, 4, 151_936, head_dim=128, **_EXPERTS),
+    "mixtral-8x7b": _shape(
+        "mixtral", 4096, 14336, 32, 32, 8, 32_000, num_local_experts=8, num_experts_per_tok=2
+    ),
     "smollm2-135m": _shape("llama", 576, 1536, 30, 9, 3, 49_152, tie_word_embeddings=True),
     "tiny": _shape("llama", 64, 128, 2, 4, 2, 512),
 }
