@@ -127,10 +127,15 @@ def _on_gpu(
 ) -> tuple[Sizes, int]:
     sizes = asked(config, loaded)
     room = Room.of(loaded.device, config.gpu_memory_utilization)
-    if peak is None:
-        need = int(room.total_bytes * _GUESSED_STEP)
-    else:
-        sizes, need = fit(config, sizes, room, peak, group.least if group is not None else int)
+    need = int(room.total_bytes * _GUESSED_STEP)
+    if peak is not None:
+        try:
+            sizes, need = fit(config, sizes, room, peak, group.least if group is not None else int)
+        except RuntimeError as error:
+            if group is not None:
+                raise
+            logger.warning("the largest step fails, so that its need is guessed: %s", error)
+            peak = None
     room = Room.of(loaded.device, config.gpu_memory_utilization)
     size = room.left(need)
     told = f"{room}, the largest step {need / 2**30:.2f}"

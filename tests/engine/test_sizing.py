@@ -126,6 +126,18 @@ def test_the_pool_is_what_is_left_and_a_line_says_so(model, monkeypatch, caplog)
     assert "gpu_memory_utilization" in (raised.value.remedy or "")
 
 
+def test_a_step_that_cannot_be_run_is_guessed(model, monkeypatch, caplog) -> None:
+    gpu = on_gpu(model, monkeypatch, total=80 * GIB, free=64 * GIB, held=15 * GIB)
+
+    def fails(_: Sizes) -> int | None:
+        raise RuntimeError("no kernel for this")
+
+    with caplog.at_level(logging.INFO):
+        _, count = sizing.num_blocks(config(), gpu, runner.kv_shape(model, 16), fails)
+    assert count > 0
+    assert "no kernel for this" in caplog.text and "guessed" in caplog.text
+
+
 def test_two_engines_share_a_gpu_whichever_comes_first(model, monkeypatch) -> None:
     """What the first one took is not taken off the second one's share once more."""
     shape = runner.kv_shape(model, 8)
