@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pdbatch.engine.kernels import narrow
+from pdbatch.engine.kernels import narrow, widening
 from pdbatch.engine.quantization.cuts import cut
 from pdbatch.engine.quantization.packed import pack
 from pdbatch.engine.quantization.rounding import rounded
@@ -96,7 +96,7 @@ def widened_us(weights: Weights, x_MK: torch.Tensor) -> float:
     scratch = torch.empty_like(weights.plain_NK)
 
     def call(q: torch.Tensor, scales: torch.Tensor) -> None:
-        narrow.widen(q, scales, scratch)
+        widening.widen(q, scales, scratch)
         F.linear(x_MK, scratch)
 
     return graph_us([functools.partial(call, q, scales) for q, scales, _ in weights.copies])

@@ -10,7 +10,7 @@ import torch
 from triton_machine import DEVICE, GPU, marks
 
 from pdbatch.engine import loader
-from pdbatch.engine.kernels import narrow
+from pdbatch.engine.kernels import narrow, widening
 from pdbatch.engine.llm import LLM
 from pdbatch.engine.quantization.convert import Quantization
 from pdbatch.engine.quantization.linear import QuantizedLinear
@@ -77,11 +77,11 @@ def test_widening(shape: tuple[int, int], bits: int) -> None:
     _, packed, _, one = _made(outputs, inputs, 1, bits)
     for dtype in (torch.bfloat16, torch.float32):
         out = torch.empty(outputs, inputs, dtype=dtype, device=DEVICE)
-        narrow.widen(*packed, out)
+        widening.widen(*packed, out)
         want = one.numbers(inputs).to(dtype)
         torch.testing.assert_close(out.cpu(), want, rtol=8e-3, atol=0)
         some = torch.empty(21, inputs, dtype=dtype, device=DEVICE)
-        narrow.widen(*packed, some, 32)
+        widening.widen(*packed, some, 32)
         assert torch.equal(some, out[32:53])
 
 

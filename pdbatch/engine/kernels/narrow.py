@@ -1,4 +1,4 @@
-"""Products with weights of 8 or 4 bits that are widened in registers, and the widening alone.
+"""Products with weights of 8 or 4 bits that are widened in registers.
 
 Up to some dozens of rows a product costs what reading its weights costs, so they are read as they
 are kept (`pdbatch.engine.quantization.packed` says how) and become numbers on the way to the
@@ -20,45 +20,9 @@ import triton
 import triton.language as tl
 
 from pdbatch.engine.kernels.early import can_start_early
+from pdbatch.engine.kernels.widening import SLAB, scale_and_addend, widened_4, widened_8
 
-SLAB: tl.constexpr = tl.constexpr(128)
-
-# 4 bits: the byte's two nibbles become the last bits of the bfloat16 128 (0x4300), which is then
-# 128 + q; the addend is -(128 + zero). All exact. One 32-bit word is four bytes.
-_WIDEN_4: tl.constexpr = tl.constexpr("""
-{
-    .reg .b32 low, high, magic, one, a, b, c, d;
-    mov.b32 magic, 0x43434343;
-    mov.b32 one, 0x3F803F80;
-    and.b32 low, $4, 0x0F0F0F0F;
-    shr.u32 high, $4, 4;
-    and.b32 high, high, 0x0F0F0F0F;
-    prmt.b32 a, low, magic, 0x4140;
-    prmt.b32 b, low, magic, 0x4342;
-    prmt.b32 c, high, magic, 0x4140;
-    prmt.b32 d, high, magic, 0x4342;
-    fma.rn.bf16x2 $0, a, one, $5;
-    fma.rn.bf16x2 $1, b, one, $6;
-    fma.rn.bf16x2 $2, c, one, $5;
-    fma.rn.bf16x2 $3, d, one, $6;
-}
-""")
-# 8 bits, two's complement: 128 + the low seven bits, less 128 or (with the sign bit) 256.
-_WIDEN_8: tl.constexpr = tl.constexpr("""
-{
-    .reg .b32 magic, minus, a, b, c, d;
-    mov.b32 magic, 0x43434343;
-    mov.b32 minus, 0xBF80BF80;
-    prmt.b32 a, $2, magic, 0x4140;
-    prmt.b32 b, $2, magic, 0x4342;
-    and.b32 c, a, 0xFF80FF80;
-    and.b32 d, b, 0xFF80FF80;
-    and.b32 a, a, 0xFF7FFF7F;
-    and.b32 b, b, 0xFF7FFF7F;
-    fma.rn.bf16x2 $0, c, minus, a;
-    fma.rn.bf16x2 $1, d, minus, b;
-}
-""")
+_SLABS_AHEAD: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -72,45 +36,6 @@ def _prefetch(lines_L):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def _widened_4(q_NB, addend_N, ASM: tl.constexpr):
-    """Two [N, 64] of bfloat16, q - zero: the first 64 inputs of a slab, and the others."""
-    if ASM:
-        addend_NB = tl.broadcast_to(addend_N[:, None], q_NB.shape)
-        return tl.inline_asm_elementwise(
-            _WIDEN_4,
-            "=r,=r,=r,=r,r,r,r",
-            [q_NB, addend_NB],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        addend_N1 = addend_N.to(tl.float32)[:, None] + 128.0
-        first_NB = (q_NB & 15).to(tl.float32) + addend_N1
-        second_NB = (q_NB >> 4).to(tl.float32) + addend_N1
-        return first_NB.to(tl.bfloat16), second_NB.to(tl.bfloat16)
-
-
-@triton.jit
-def _widened_8(q_NB, ASM: tl.constexpr):
-    """[N, 128] of bfloat16, whole numbers."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            _WIDEN_8, "=r,=r,r", [q_NB], dtype=tl.bfloat16, is_pure=True, pack=4
-        )
-    else:
-        return q_NB.to(tl.int8, bitcast=True).to(tl.float32).to(tl.bfloat16)
-
-
-@triton.jit
-def _scale_and_addend(words_N):
-    """Of 32-bit words: the scale in the high half, -(128 + zero) in the low one."""
-    scale_N = (words_N & -65536).to(tl.float32, bitcast=True)
-    addend_N = (words_N & 65535).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return scale_N, addend_N
 
 
 @triton.jit
@@ -128,6 +53,16 @@ def _scaled(acc, scale_N, SWAP: tl.constexpr):
         return acc * scale_N[:, None]
     else:
         return acc * scale_N[None, :]
+
+
+@triton.jit
+def _summed(part_MN_ptr, part, shares, seen_MN):
+    """All shares, in their order. Others wrote them meanwhile: past the first cache."""
+    out_MN = tl.load(part_MN_ptr, mask=seen_MN, other=0.0, cache_modifier=".cg")
+    for share in range(1, shares):
+        share_MN_ptr = part_MN_ptr + share * part
+        out_MN += tl.load(share_MN_ptr, mask=seen_MN, other=0.0, cache_modifier=".cg")
+    return out_MN
 
 
 @triton.jit(do_not_specialize=["count_M", "slabs", "shares"])
@@ -172,7 +107,7 @@ def _product(
     first, last = share * slabs // shares, (share + 1) * slabs // shares
     if AHEAD:
         line_L = tl.arange(0, OUTPUTS * BYTES // 128) * 128
-        for slab in range(first, tl.minimum(first + 8, last)):
+        for slab in range(first, tl.minimum(first + _SLABS_AHEAD, last)):
             _prefetch(q_ptr + (slab * wide + tile_N * OUTPUTS) * BYTES + line_L)
         tl.extra.cuda.gdc_wait()
     for slab in tl.range(first, last, num_stages=STAGES):
@@ -187,11 +122,11 @@ def _product(
             seen_MB = tl.broadcast_to(real_M[:, None], seen_MB.shape)
         x_MB = tl.load(x_MB_ptr + begin, mask=seen_MB, other=0.0)
         if BITS == 8:
-            acc = _dot(x_MB, _widened_8(q_NB, ASM), acc, SWAP)
+            acc = _dot(x_MB, widened_8(q_NB, ASM), acc, SWAP)
         else:
             words_N = tl.load(scale_ptr + at + n_N, mask=real_N, other=0)
-            scale_N, addend_N = _scale_and_addend(words_N)
-            first_NB, second_NB = _widened_4(q_NB, addend_N, ASM)
+            scale_N, addend_N = scale_and_addend(words_N)
+            first_NB, second_NB = widened_4(q_NB, addend_N, ASM)
             if not WHOLE:
                 seen_MB = real_M[:, None] & (begin + BYTES + b_B < count_K)[None, :]
             others_MB = tl.load(x_MB_ptr + begin + BYTES, mask=seen_MB, other=0.0)
@@ -204,17 +139,15 @@ def _product(
     seen_MN = real_M[:, None] & real_N[None, :]
     is_last = not SHARED
     if SHARED:
-        share_MN_ptr = share_ptr + m_M[:, None] * wide + n_N[None, :]
-        tl.store(share_MN_ptr + share * count_M * wide, out_MN, mask=seen_MN)
-        tl.debug_barrier()
+        part_MN_ptr = share_ptr + m_M[:, None] * wide + n_N[None, :]
+        part = count_M * wide
+        tl.store(part_MN_ptr + share * part, out_MN, mask=seen_MN)
         arrived = arrived_ptr + tile_M * tl.num_programs(0) + tile_N
+        tl.debug_barrier()
         is_last = tl.atomic_add(arrived, 1, sem="acq_rel") == shares - 1
         if is_last:
             tl.debug_barrier()
-            out_MN = tl.zeros([ROWS, OUTPUTS], tl.float32)
-            for other in range(shares):
-                other_MN_ptr = share_MN_ptr + other * count_M * wide
-                out_MN += tl.load(other_MN_ptr, mask=seen_MN, other=0.0, cache_modifier=".cg")
+            out_MN = _summed(part_MN_ptr, part, shares, seen_MN)
             tl.atomic_xchg(arrived, 0, sem="relaxed")
     if is_last:
         out_MN_ptr = out_ptr + m_M[:, None].to(tl.int64) * out_row + n_N[None, :]
@@ -224,44 +157,6 @@ def _product(
             old_MN = tl.load(out_MN_ptr, mask=seen_MN, other=0.0).to(tl.float32)
             out_MN = old_MN + alpha * out_MN
         tl.store(out_MN_ptr, out_MN.to(out_ptr.dtype.element_ty), mask=seen_MN)
-
-
-@triton.jit(do_not_specialize=["first_N", "last_N"])
-def _widen(
-    q_ptr,
-    scale_ptr,
-    out_ptr,
-    first_N,
-    last_N,
-    count_N,
-    count_K,
-    BITS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    BYTES: tl.constexpr = SLAB * BITS // 8
-    slab = tl.program_id(0)
-    n_N = first_N + tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    real_N = n_N < last_N
-    b_B = tl.arange(0, BYTES)
-    at = slab.to(tl.int64) * count_N
-    q_ptr += at * BYTES
-    q_NB = tl.load(q_ptr + n_N[:, None] * BYTES + b_B[None, :], mask=real_N[:, None], other=0)
-    k_B = slab * SLAB + b_B
-    out_NB_ptr = out_ptr + (n_N - first_N)[:, None].to(tl.int64) * count_K + k_B[None, :]
-    kind: tl.constexpr = out_ptr.dtype.element_ty
-    if BITS == 8:
-        scale_N = tl.load(scale_ptr + n_N, mask=real_N, other=0.0)
-        out_NB = (_widened_8(q_NB, ASM).to(tl.float32) * scale_N[:, None]).to(kind)
-        tl.store(out_NB_ptr, out_NB, mask=real_N[:, None] & (k_B < count_K)[None, :])
-    else:
-        scale_N, addend_N = _scale_and_addend(tl.load(scale_ptr + at + n_N, mask=real_N, other=0))
-        first_NB, second_NB = _widened_4(q_NB, addend_N, ASM)
-        first_NB = (first_NB.to(tl.float32) * scale_N[:, None]).to(kind)
-        second_NB = (second_NB.to(tl.float32) * scale_N[:, None]).to(kind)
-        tl.store(out_NB_ptr, first_NB, mask=real_N[:, None] & (k_B < count_K)[None, :])
-        k_B += BYTES
-        tl.store(out_NB_ptr + BYTES, second_NB, mask=real_N[:, None] & (k_B < count_K)[None, :])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +190,8 @@ def product(
 ) -> None:
     """out = x @ w.T + bias; with `alpha`, out += alpha * (that).
 
-    `q_SNB`, `scales` and `arrived` are a `PackedWeight`'s; `arrived` is zero before and after.
+    `q_SNB` and `scales` are as `quantization.packed` makes them. `arrived` has an int32 for each
+    tile of the output, zero before and after; products at the same time must not share it.
     x is bfloat16 with its inputs one beside the other.
     """
     rows, inputs = x_MK.shape
@@ -334,22 +230,4 @@ def product(
         ASM=x_MK.is_cuda,
         num_warps=tiles.warps,
         **({"launch_pdl": True} if ahead else {}),
-    )
-
-
-def widen(q_SNB: torch.Tensor, scales: torch.Tensor, out_NK: torch.Tensor, first: int = 0) -> None:
-    """The weight's rows from `first` on, as many as `out_NK` has, as numbers of its dtype."""
-    slabs, outputs, width = q_SNB.shape
-    _widen[(slabs, triton.cdiv(out_NK.shape[0], 64))](
-        q_SNB,
-        scales,
-        out_NK,
-        first,
-        first + out_NK.shape[0],
-        outputs,
-        out_NK.shape[1],
-        BITS=width // 16,
-        OUTPUTS=64,
-        ASM=q_SNB.is_cuda,
-        num_warps=4,
     )

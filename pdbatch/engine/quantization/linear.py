@@ -78,12 +78,12 @@ class QuantizedLinear(torch.nn.Module):
         if not self._has_kernel:
             made = packed.unpack(self.q[:, first:last], self.scales[..., first:last])
             return made.numbers(self.in_features).to(self._dtype)
-        from pdbatch.engine.kernels import narrow
+        from pdbatch.engine.kernels import widening
 
         some_NK = torch.empty(
             last - first, self.in_features, dtype=self._dtype, device=self.q.device
         )
-        narrow.widen(self.q, self.scales, some_NK, first)
+        widening.widen(self.q, self.scales, some_NK, first)
         return some_NK
 
     def _in_pieces(self, flat_TK: torch.Tensor, out_TN: torch.Tensor, alpha: float | None) -> None:
