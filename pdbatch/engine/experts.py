@@ -37,6 +37,7 @@ def use(model: torch.nn.Module) -> int:
         kind = _kind(module)
         if kind is not None:
             module.pdbatch_kind = kind  # type: ignore[assignment]
+            module.pdbatch_asks_host = _asks_host(module.down_proj)  # type: ignore[arg-type, assignment]
             module.config._experts_implementation_internal = IMPLEMENTATION  # type: ignore[union-attr]
             count += 1
     return count
@@ -51,7 +52,7 @@ def forward(
     """[T, C]: the experts' answers to each token, weighted and summed."""
     kind: str | None = getattr(self, "pdbatch_kind", None)
     few = experts_TK.numel() <= _FEW_ROWS * self.num_experts
-    if kind is not None and (few or hidden_TC.dtype != torch.bfloat16):
+    if kind is not None and (few or self.pdbatch_asks_host):
         run = torch.ops.pdbatch.experts if torch.compiler.is_compiling() else _kernels
         weights = (self.gate_up_proj, self.down_proj)
         out_TC: torch.Tensor = run(hidden_TC, experts_TK, scores_TK, *weights, kind)
@@ -78,6 +79,13 @@ _SCHEMA = (
 )
 torch.library.custom_op("pdbatch::experts", _kernels, mutates_args=(), schema=_SCHEMA)
 torch.library.register_fake("pdbatch::experts", lambda x_TC, *_others: torch.empty_like(x_TC))
+
+
+def _asks_host(weight: torch.Tensor) -> bool:
+    """Whether torch's grouped product of such weights takes its offsets by way of the host."""
+    if weight.dtype != torch.bfloat16:
+        return True
+    return weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] not in (9, 10)
 
 
 def _kind(module: Any) -> str | None:
