@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pdbatch.engine.quantization.cuts import MOST_ROWS, cut, piece
+from pdbatch.engine.quantization.linear import MOST_TILES
 from pdbatch.engine.quantization.packed import pack, unpack
 from pdbatch.engine.quantization.rounding import Rounded, rounded
 
@@ -53,3 +55,18 @@ def test_packing_loses_nothing(shape: tuple[int, int], bits: int) -> None:
     assert torch.equal(one.q_NSK, two.q_NSK)
     assert torch.equal(one.scale, two.scale)
     assert torch.equal(one.numbers(shape[1]), two.numbers(shape[1]))
+
+
+@pytest.mark.parametrize(
+    "shape", [(6144, 4096), (28672, 4096), (128_256, 4096), (64, 7), (960, 576)]
+)
+def test_cuts_fit_their_products(shape: tuple[int, int], bits: int) -> None:
+    pytest.importorskip("triton")
+    outputs, inputs = shape
+    slabs = -(-inputs // 128)
+    for rows in range(1, MOST_ROWS + 1):
+        tiles = cut(bits, rows, outputs, slabs)
+        assert tiles.rows >= min(rows, 64) and 1 <= tiles.shares <= max(1, slabs)
+        assert -(-outputs // tiles.outputs) * -(-rows // tiles.rows) <= MOST_TILES
+    assert len({cut(bits, rows, outputs, slabs) for rows in range(1, 17)}) == 1
+    assert 0 < piece(outputs, inputs) * inputs * 2 <= max(300e6, inputs * 2)

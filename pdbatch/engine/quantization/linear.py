@@ -19,7 +19,8 @@ from pdbatch.engine.quantization import packed
 from pdbatch.engine.quantization.cuts import MOST_ROWS, cut, piece
 from pdbatch.engine.quantization.rounding import rounded
 
-_MOST_TILES = 4096
+MOST_TILES = 4096
+"""Of a product: what counts the shares that have arrived has a place for each."""
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -38,7 +39,7 @@ class QuantizedLinear(torch.nn.Module):
         self.register_buffer("q", q)
         self.register_buffer("scales", scales)
         self._has_kernel = q.is_cuda and importlib.util.find_spec("triton") is not None
-        count = _MOST_TILES if self._has_kernel else 0
+        count = MOST_TILES if self._has_kernel else 0
         arrived = torch.zeros(count, dtype=torch.int32, device=weight_NK.device)
         self.register_buffer("arrived", arrived)
         self.bias = None
