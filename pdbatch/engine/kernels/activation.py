@@ -8,26 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from pdbatch.engine.kernels.early import can_start_early
-
 KINDS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 """Activations that have a kernel."""
 _WIDTH = 1024
 
 
 @triton.jit
-def _gated(
-    x_ptr,
-    out_ptr,
-    x_row,
-    out_row,
-    size,
-    WIDTH: tl.constexpr,
-    KIND: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+def _gated(x_ptr, out_ptr, x_row, out_row, size, WIDTH: tl.constexpr, KIND: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c_C = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     real_C = c_C < size
@@ -58,7 +45,6 @@ def gated(x: torch.Tensor, kind: str) -> torch.Tensor:
         size,
         WIDTH=_WIDTH,
         KIND=KINDS[kind],
-        EARLY=can_start_early(x.device),
         num_warps=4,
     )
     return out

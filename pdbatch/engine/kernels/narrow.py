@@ -19,23 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pdbatch.engine.kernels.early import can_start_early
 from pdbatch.engine.kernels.widening import SLAB, scale_and_addend, widened_4, widened_8
-
-_SLABS_AHEAD: tl.constexpr = tl.constexpr(8)
-
-
-@triton.jit
-def _prefetch(lines_L):
-    """Ask for these lines of 128 bytes; they are in the cache when they are loaded."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [lines_L.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -91,7 +75,6 @@ def _product(
     SHARED: tl.constexpr,
     SWAP: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     ASM: tl.constexpr,
 ):
     BYTES: tl.constexpr = SLAB * BITS // 8
@@ -105,11 +88,6 @@ def _product(
     acc = tl.zeros([OUTPUTS, ROWS] if SWAP else [ROWS, OUTPUTS], tl.float32)
     wide = tl.full([], 0, tl.int64) + count_N
     first, last = share * slabs // shares, (share + 1) * slabs // shares
-    if AHEAD:
-        line_L = tl.arange(0, OUTPUTS * BYTES // 128) * 128
-        for slab in range(first, tl.minimum(first + _SLABS_AHEAD, last)):
-            _prefetch(q_ptr + (slab * wide + tile_N * OUTPUTS) * BYTES + line_L)
-        tl.extra.cuda.gdc_wait()
     for slab in tl.range(first, last, num_stages=STAGES):
         at = slab * wide
         if WHOLE:
@@ -173,8 +151,6 @@ class Tiles:
     """Whether outputs, not rows, are the tensor cores' first dimension."""
     warps: int = 4
     stages: int = 4
-    ahead: bool = False
-    """Whether a program asks for its first weights while the kernel before this one still runs."""
 
 
 def product(
@@ -199,8 +175,6 @@ def product(
     shares = min(tiles.shares, slabs)
     grid = (triton.cdiv(outputs, tiles.outputs), shares, triton.cdiv(rows, tiles.rows))
     parts = out_MN if shares == 1 else x_MK.new_empty(shares, rows, outputs, dtype=torch.float32)
-    whole = inputs % 128 == 0 and outputs % tiles.outputs == 0
-    ahead = tiles.ahead and whole and can_start_early(x_MK.device)
     _product[grid](
         x_MK,
         q_SNB,
@@ -222,12 +196,10 @@ def product(
         OUTPUTS=tiles.outputs,
         ADDED=alpha is not None,
         BIASED=bias_N is not None,
-        WHOLE=whole,
+        WHOLE=inputs % 128 == 0 and outputs % tiles.outputs == 0,
         SHARED=shares > 1,
         SWAP=tiles.swap,
         STAGES=tiles.stages,
-        AHEAD=ahead,
         ASM=x_MK.is_cuda,
         num_warps=tiles.warps,
-        **({"launch_pdl": True} if ahead else {}),
     )

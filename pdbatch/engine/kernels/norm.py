@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from pdbatch.engine.kernels.early import can_start_early
 from pdbatch.engine.kernels.scores import power_of_two
 
 FIRST, LAST, SHIFTED = 0, 1, 2
@@ -29,10 +28,7 @@ def _norm(
     WIDTH: tl.constexpr,
     STYLE: tl.constexpr,
     ADDED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     c_C = tl.arange(0, WIDTH)
     real_C = c_C < size
@@ -80,7 +76,6 @@ def norm(
         WIDTH=width,
         STYLE=style,
         ADDED=residual is not None,
-        EARLY=can_start_early(x.device),
         num_warps=min(16, max(1, width // 512)),
     )
     return out
