@@ -8,14 +8,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from pdbatch.bench.floor import Rates, floor_s, measure_rates, settle
 from pdbatch.bench.kernels import KernelTracer
+from pdbatch.bench.plan import Plan
 from pdbatch.bench.stages import Stages
 from pdbatch.bench.subject import Subject, find, start
 from pdbatch.bench.workloads import CPU_SCALE, Asked, Workload
@@ -29,30 +30,6 @@ from pdbatch.sampling import SamplingParams
 TRACED = 512
 """Most prompts in a traced round."""
 _WARM = 24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What to measure. None: what suits the device."""
-
-    model: str
-    home: str
-    device: str = "auto"
-    dtype: str = "auto"
-    tensor_parallel_size: int = 1
-    quantization: Quantization | None = None
-    workloads: tuple[Workload, ...]
-    num_prompts: int | None = None
-    """None: 1,000 on a GPU, 16 on the CPU."""
-    num_rounds: int | None = None
-    """None: 3 on a GPU, 1 on the CPU."""
-    seed: int = 0
-    """Of the first round's prompts; each later round has the next one."""
-    waits: bool = False
-    """Wait for the device after each stage: tells where its time goes, and slows the whole."""
-    trace: Path | None = None
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    """Further keywords of `LLM`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

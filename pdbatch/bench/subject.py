@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pdbatch.bench.floor import Cost, Rates, cost_of
+from pdbatch.bench.plan import Plan
 from pdbatch.engine import loader
 from pdbatch.engine.llm import LLM
 from pdbatch.engine.quantization.convert import Quantization
 
 if TYPE_CHECKING:
-    from pdbatch.bench.measure import Plan
     from pdbatch.engine.loader import LoadedModel
 
 

@@ -57,9 +57,10 @@ def bench(
     from pathlib import Path
 
     from pdbatch.bench import measure
+    from pdbatch.bench.plan import Plan
     from pdbatch.cli.jsonout import print_json
 
-    plan = measure.Plan(
+    plan = Plan(
         model=settings.model,
         home=str(settings.home),
         device=settings.device,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, Loop, loaded, make
 
-from pdbatch.engine import build, loader
+from pdbatch.engine import loader, part
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.llm import LLM
 from pdbatch.engine.quantization.convert import BITS, Quantizer
@@ -124,9 +124,9 @@ def test_kv_of_other_weights_has_another_fingerprint(tmp_path) -> None:
     layouts = set()
     for kind in (None, *BITS):
         model = loader.load("random:tiny", str(tmp_path), "cpu", quantization=kind)
-        shape = build.runner.kv_shape(model, 16)
-        layouts.add(build.kv_layout(model, shape).fingerprint)
+        shape = part.runner.kv_shape(model, 16)
+        layouts.add(part.kv_layout(model, shape).fingerprint)
         named = dataclasses.replace(model, quantization=None)
-        plain = build.kv_layout(named, shape).fingerprint
+        plain = part.kv_layout(named, shape).fingerprint
         assert (plain in layouts) == (kind is None or len(layouts) > 1)
     assert len(layouts) == 3

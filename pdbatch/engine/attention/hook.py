@@ -7,42 +7,17 @@ traces a layer meets an operator here (`operator`).
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pdbatch.engine.attention import operator
+from pdbatch.engine.attention.operator import StepAttention
 from pdbatch.errors import ModelError
 
 IMPLEMENTATION = "pdbatch_paged"
 KEYWORD = "pdbatch_step"
-
-
-class StepAttention(Protocol):
-    """Attention of one step, for all its sequences and layers."""
-
-    place: int
-    """Where the operator finds it; set by `operator.Place`."""
-
-    def attend(
-        self,
-        layer: int,
-        q_HTD: torch.Tensor,
-        k_HTD: torch.Tensor,
-        v_HTD: torch.Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Write K and V of the step's tokens, then attend; [T, query heads, D].
-
-        Called once for each layer, by the model's forward. K and V have their own number of
-        heads. A token sees itself and what stands before it in its sequence, at most
-        `window` tokens with itself; `softcap` c turns a score s into c * tanh(s / c).
-        """
-        ...
 
 
 def register() -> None:

@@ -14,18 +14,43 @@ an operator's dispatch costs the host some microseconds a layer.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch.fx.node import has_side_effect
 
-if TYPE_CHECKING:
-    from pdbatch.engine.attention.hook import StepAttention
-
 LAYER = "pdbatch_layer"
 """Attribute of an attention module: its index as a tensor [] on the CPU."""
 _numbers = itertools.count()
+
+
+class StepAttention(Protocol):
+    """Attention of one step, for all its sequences and layers."""
+
+    place: int
+    """Where the operator finds it; set by `Place`."""
+
+    def attend(
+        self,
+        layer: int,
+        q_HTD: torch.Tensor,
+        k_HTD: torch.Tensor,
+        v_HTD: torch.Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Write K and V of the step's tokens, then attend; [T, query heads, D].
+
+        Called once for each layer, by the model's forward. K and V have their own number of
+        heads. A token sees itself and what stands before it in its sequence, at most
+        `window` tokens with itself; `softcap` c turns a score s into c * tanh(s / c).
+        """
+        ...
+
+
 _steps: WeakValueDictionary[int, StepAttention] = WeakValueDictionary()
 
 

@@ -6,12 +6,12 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
-from pdbatch.engine.build import Part, build_part, engine_of
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.engine import Engine
 from pdbatch.engine.parallel.runner import ParallelCache, ParallelRunner
 from pdbatch.engine.parallel.team import Team
 from pdbatch.engine.parallel.transfers import ParallelTransfers
+from pdbatch.engine.part import Part, build_part, engine_of
 from pdbatch.engine.sampler import Sampler
 from pdbatch.engine.stepper import ModelSide
 

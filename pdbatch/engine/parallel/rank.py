@@ -31,8 +31,8 @@ from pdbatch.engine.parallel import messages as say
 from pdbatch.engine.ports import PullRefused, PullResult
 
 if TYPE_CHECKING:
-    from pdbatch.engine.build import Part
     from pdbatch.engine.parallel.group import Group
+    from pdbatch.engine.part import Part
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,8 @@ def build(start: say.Start, channel: Channel[say.Order]) -> Rank:
     """Meet the others and build this rank's part."""
     import torch
 
-    from pdbatch.engine.build import build_part
     from pdbatch.engine.parallel.group import Group
+    from pdbatch.engine.part import build_part
 
     config = start.config
     device = torch.device(config.device)
