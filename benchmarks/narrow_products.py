@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from pdbatch.engine.kernels import narrow, widening
-from pdbatch.engine.quantization.cuts import cut
+from pdbatch.engine.quantization.cuts import Tiles, cut
 from pdbatch.engine.quantization.packed import pack
 from pdbatch.engine.quantization.rounding import rounded
 
@@ -74,7 +74,7 @@ def _event() -> Any:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def product_us(weights: Weights, x_MK: torch.Tensor, tiles: narrow.Tiles) -> float:
+def product_us(weights: Weights, x_MK: torch.Tensor, tiles: Tiles) -> float:
     """Of our kernel."""
     out = x_MK.new_empty(x_MK.shape[0], weights.plain_NK.shape[0])
     part = functools.partial
@@ -125,7 +125,7 @@ def torch_us(weights: Weights, x_MK: torch.Tensor, bits: int) -> float | str:
         return str(error).splitlines()[0][:40]
 
 
-def relative_error(weights: Weights, x_MK: torch.Tensor, tiles: narrow.Tiles) -> float:
+def relative_error(weights: Weights, x_MK: torch.Tensor, tiles: Tiles) -> float:
     """Of our kernel against float64, as a share of the outputs' spread."""
     inputs = x_MK.shape[1]
     want = x_MK.double() @ weights.rounded.numbers(inputs).double().T
@@ -136,19 +136,19 @@ def relative_error(weights: Weights, x_MK: torch.Tensor, tiles: narrow.Tiles) ->
     return float((out.double() - want).std() / want.std())
 
 
-def _candidates(rows: int) -> list[narrow.Tiles]:
+def _candidates(rows: int) -> list[Tiles]:
     """Ways to cut, without shares, which need no compilation of their own."""
     small = [(64, 4), (128, 4), (128, 8)] if rows <= 32 else [(64, 4), (128, 8)]
     small = [(64, 4), (128, 8), (256, 8)] if rows >= 128 else small
     stages = (3, 5) if rows <= 16 else (3, 4) if rows <= 32 else (3,)
     return [
-        narrow.Tiles(rows=rows, outputs=outputs, shares=1, swap=swap, warps=warps, stages=stage)
+        Tiles(rows=rows, outputs=outputs, shares=1, swap=swap, warps=warps, stages=stage)
         for (outputs, warps), swap, stage in itertools.product(small, (False, True), stages)
         if not (swap and outputs == 64 and warps == 8)
     ]
 
 
-def _compile(job: tuple[int, narrow.Tiles]) -> float:
+def _compile(job: tuple[int, Tiles]) -> float:
     bits, tiles = job
     start_s = time.perf_counter()
     outputs, inputs = 256, 2048

@@ -61,7 +61,6 @@ def test_packing_loses_nothing(shape: tuple[int, int], bits: int) -> None:
     "shape", [(6144, 4096), (28672, 4096), (128_256, 4096), (64, 7), (960, 576)]
 )
 def test_cuts_fit_their_products(shape: tuple[int, int], bits: int) -> None:
-    pytest.importorskip("triton")
     outputs, inputs = shape
     slabs = -(-inputs // 128)
     for rows in range(1, MOST_ROWS + 1):

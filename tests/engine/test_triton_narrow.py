@@ -13,6 +13,7 @@ from pdbatch.engine import loader
 from pdbatch.engine.kernels import narrow, widening
 from pdbatch.engine.llm import LLM
 from pdbatch.engine.quantization.convert import Quantization
+from pdbatch.engine.quantization.cuts import Tiles
 from pdbatch.engine.quantization.linear import QuantizedLinear
 from pdbatch.engine.quantization.packed import pack
 from pdbatch.engine.quantization.rounding import rounded
@@ -42,7 +43,7 @@ def _product(x, packed, out, tiles, **how) -> None:
 def test_a_product(shape: tuple[int, int, int, int], swap: bool, bits: int) -> None:
     outputs, inputs, rows, shares = shape
     x, packed, want, _ = _made(outputs, inputs, rows, bits)
-    tiles = narrow.Tiles(rows=16, outputs=64, shares=shares, swap=swap)
+    tiles = Tiles(rows=16, outputs=64, shares=shares, swap=swap)
     out = torch.empty(rows, outputs, dtype=torch.bfloat16, device=DEVICE)
     _product(x, packed, out, tiles)
     close = {"rtol": 1e-2, "atol": 1e-2 * inputs**0.5}
@@ -54,7 +55,7 @@ def test_bias_and_sum_into_what_is_there(bits: int) -> None:
     x, packed, want, _ = _made(64, 256, 3, bits)
     bias, old = (torch.randn(n, 64, device=DEVICE).bfloat16() for n in (1, 3))
     out = old.clone()
-    tiles = narrow.Tiles(rows=16, outputs=64, shares=2, swap=False)
+    tiles = Tiles(rows=16, outputs=64, shares=2, swap=False)
     _product(x, packed, out, tiles, bias_N=bias[0], alpha=0.5)
     want = old.cpu().double() + 0.5 * (want + bias.cpu().double())
     torch.testing.assert_close(out.cpu().double(), want, rtol=1e-2, atol=5e-2)
@@ -62,7 +63,7 @@ def test_bias_and_sum_into_what_is_there(bits: int) -> None:
 
 def test_a_row_gives_the_same_whatever_the_others_are(bits: int) -> None:
     x, packed, _, _ = _made(64, 512, 16, bits)
-    tiles = narrow.Tiles(rows=16, outputs=64, shares=2, swap=False)
+    tiles = Tiles(rows=16, outputs=64, shares=2, swap=False)
     out = torch.empty(16, 64, dtype=torch.bfloat16, device=DEVICE)
     _product(x, packed, out, tiles)
     for row in (0, 9):

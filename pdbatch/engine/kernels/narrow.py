@@ -13,13 +13,12 @@ Legend: M rows, N outputs, K inputs, S slabs of 128 inputs, B bytes of a slab, P
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from pdbatch.engine.kernels.widening import SLAB, scale_and_addend, widened_4, widened_8
+from pdbatch.engine.quantization.cuts import Tiles
 
 
 @triton.jit
@@ -135,22 +134,6 @@ def _product(
             old_MN = tl.load(out_MN_ptr, mask=seen_MN, other=0.0).to(tl.float32)
             out_MN = old_MN + alpha * out_MN
         tl.store(out_MN_ptr, out_MN.to(out_ptr.dtype.element_ty), mask=seen_MN)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
-    """How a product is cut."""
-
-    rows: int
-    """Of the input, in a program: a power of two from 16."""
-    outputs: int
-    """In a program: a power of two."""
-    shares: int
-    """Programs among which a program's inputs are divided."""
-    swap: bool
-    """Whether outputs, not rows, are the tensor cores' first dimension."""
-    warps: int = 4
-    stages: int = 4
 
 
 def product(

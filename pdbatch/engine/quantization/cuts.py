@@ -5,18 +5,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pdbatch.engine.kernels.narrow import Tiles
+from dataclasses import dataclass
 
 MOST_ROWS = 64
-"""With more, widening the weight first is faster."""
+"""With more, the weight is widened first (at 512 rows that is faster; between, not measured)."""
 _FEW_ROWS = 16
 _WIDE = 200
 """With so many programs of their own the multiprocessors have enough to do without shares."""
-
 _PIECE_BYTES = 256e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """How a product is cut."""
+
+    rows: int
+    """Of the input, in a program: a power of two from 16."""
+    outputs: int
+    """In a program: a power of two."""
+    shares: int
+    """Programs among which a program's inputs are divided."""
+    swap: bool
+    """Whether outputs, not rows, are the tensor cores' first dimension."""
+    warps: int = 4
+    stages: int = 4
 
 
 def piece(outputs: int, inputs: int) -> int:
@@ -28,8 +40,6 @@ def piece(outputs: int, inputs: int) -> int:
 def cut(bits: int, rows: int, outputs: int, slabs: int) -> Tiles:
     """The kernel's cut of a product. What a row gives depends on its number of rows by the tile
     alone: up to 16 rows it is the same for any number."""
-    from pdbatch.engine.kernels.narrow import Tiles
-
     few = rows <= _FEW_ROWS
     is_wide = outputs // 128 >= _WIDE
     wanted = 1 if is_wide else -(-_WIDE * 64 // outputs)
