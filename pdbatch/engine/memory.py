@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _SAID = ("out of memory", "STATUS_ALLOC_FAILED")
 """In the messages of CUDA, Triton, cuBLAS and cuDNN, whose errors have no type of their own."""
@@ -15,14 +18,16 @@ _SPARE = 0.02
 
 def is_shortage(error: BaseException | None) -> bool:
     """Whether a device had no memory for something, after which it goes on as before."""
-    if isinstance(error, torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # an engine without it must not load it for this
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
 
 
 def release_unused() -> None:
     """Give memory that torch keeps for later back to the GPU, where there is one."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
@@ -42,6 +47,8 @@ class Room:
     @classmethod
     def of(cls, device: torch.device, share: float) -> Room:
         """As it is now, but for memory that torch keeps without use."""
+        import torch
+
         release_unused()
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device)
@@ -70,6 +77,8 @@ class Room:
 
 def taken_by(step: Callable[[], object], device: torch.device) -> int:
     """Bytes that torch took from the GPU for a step at its highest, beyond what it held."""
+    import torch
+
     release_unused()
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_reserved(device)
