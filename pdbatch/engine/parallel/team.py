@@ -205,7 +205,16 @@ class Team:
         return bool(self.members and poll.poll(_GONE_MS))
 
     def _reason(self) -> str:
-        """Why a rank has ended, as it said itself or as its exit code says."""
+        """Why a rank has ended: one was killed, or what one said, or its exit code.
+
+        Those that waited for a killed one fail too, and may say so before.
+        """
+        if self._failure.startswith("rank"):
+            return self._failure
+        for member in self.members:
+            code = member.process.poll()
+            if code is not None and code < 0:
+                return f"rank {member.rank} ended with exit code {code}"
         for member in self.members:
             with contextlib.suppress(EngineDied):
                 for answer in member.channel.receive_all():
