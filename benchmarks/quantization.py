@@ -129,6 +129,7 @@ def speed(model: str, home: str, device: str, batches: list[int]) -> None:
         )
         words = [f"{kind or 'plain':6s} ready in {time.perf_counter() - start_s:.1f} s;"]
         for batch in batches:
+            _seconds(llm, batch, 64, _LONG)  # compiles what is not yet
             step_ms = min(_step_ms(llm, batch) for _ in range(2))
             base.setdefault(batch, step_ms)
             words.append(

@@ -8,6 +8,8 @@ query and key, head and dimension. A decode step reads all weights once and the 
 
 The floor is their sum: nothing overlaps a prefill, nothing waits, no step but the fullest. Rates
 are what this device reaches in one large product and in one large copy, measured in the same run.
+A GPU at its limit of power does not keep the first of them up: what it reaches over seconds is the
+lasting rate, and a workload of many seconds is to be held against the floor at that.
 Of N devices that share a model they are N times that: what the devices tell one another is not in
 the floor.
 """
@@ -16,13 +18,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from pdbatch.bench.workloads import Asked
 from pdbatch.engine.quantization.convert import HEAD_BITS, Quantization, weight_bits
+
+_LASTING_S = 2.0
+_AT_ONCE = 50
+"""Runs between two looks at the clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,15 @@ class Rates:
     """In a product of two large matrices of the model's dtype."""
     bytes_s: float
     """In a copy on the device, what is read and what is written."""
+    lasting_flop_s: float | None = None
+    """In such products one after the other for seconds; None: not measured, on a CPU."""
+
+    @property
+    def lasting(self) -> Rates | None:
+        """With the lasting rate of products for the best one."""
+        if self.lasting_flop_s is None:
+            return None
+        return replace(self, flop_s=self.lasting_flop_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +77,11 @@ def cost_of(config: Any, dtype: torch.dtype, quantization: Quantization | None =
     inner = int(config.intermediate_size)
     if experts:
         inner = int(getattr(config, "moe_intermediate_size", None) or inner)
-    active = int(config.num_experts_per_tok) if experts else 1
+    everyone = int(getattr(config, "moe_num_shared_experts", None) or 0) if experts else 0
+    active = int(config.num_experts_per_tok) + everyone if experts else 1
     head = hidden * int(config.vocab_size)
     feed_forward = 3 * hidden * inner
-    read = layers * (attention + feed_forward * int(experts or 1))
+    read = layers * (attention + feed_forward * (int(experts or 1) + everyone))
     bits = weight_bits(quantization) if quantization else 8 * dtype.itemsize
     head_bits = HEAD_BITS if quantization else 8 * dtype.itemsize
     return Cost(
@@ -102,7 +118,7 @@ def floor_s(
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The best of a few products and copies; takes about a second."""
+    """The best of a few products and copies, and of products for two seconds on a GPU."""
     gpu = device.type == "cuda"
     edge, copied = (8192, 1 << 30) if gpu else (1024, 1 << 27)
     left = torch.randn(edge, edge, dtype=torch.float32, device=device).to(dtype)
@@ -112,7 +128,27 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     target = torch.empty_like(source)
     product_s = _best_s(lambda: torch.mm(left, right, out=product), device)
     copy_s = _best_s(lambda: target.copy_(source), device)
-    return Rates(flop_s=2 * edge**3 / product_s, bytes_s=2 * copied / copy_s)
+    flop, lasting_flop_s = 2 * edge**3, None
+    if gpu:
+        lasting_flop_s = flop / _lasting_s(lambda: torch.mm(left, right, out=product), device)
+    return Rates(
+        flop_s=flop / product_s, bytes_s=2 * copied / copy_s, lasting_flop_s=lasting_flop_s
+    )
+
+
+def _lasting_s(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run among runs without a pause, once they have gone on for a second."""
+    spent: list[float] = []
+    for _half in range(2):
+        settle(device)
+        start_s, count = time.perf_counter(), 0
+        while time.perf_counter() - start_s < _LASTING_S / 2:
+            for _ in range(_AT_ONCE):
+                work()
+            count += _AT_ONCE
+            settle(device)
+        spent.append((time.perf_counter() - start_s) / count)
+    return spent[-1]
 
 
 def _best_s(work: Callable[[], object], device: torch.device, rounds: int = 10) -> float:

@@ -43,6 +43,8 @@ class Round:
     prompt_tokens: int
     output_tokens: int
     floor_s: float
+    lasting_floor_s: float | None
+    """At the lasting rate of products; None where that was not measured."""
     steps: int
     stages_s: dict[str, float]
     """Host's seconds; `rest` is what no stage accounts for."""
@@ -175,8 +177,8 @@ class _Bench:
         self._stages.clear()
         seconds = self._generate(asked)
         stages_s = {name: round(spent, 4) for name, spent in sorted(self._stages.seconds.items())}
+        lasting = self._rates.lasting
         stages_s["rest"] = round(seconds - sum(self._stages.seconds.values()), 4)
-        places = self._llm.engine.scheduler.max_num_seqs
         return Round(
             workload=workload.name,
             seed=seed,
@@ -184,10 +186,15 @@ class _Bench:
             seconds=seconds,
             prompt_tokens=sum(len(one.prompt) for one in asked),
             output_tokens=sum(one.num_output_tokens for one in asked),
-            floor_s=floor_s(asked, workload.shared_tokens, places, self._cost, self._rates),
+            floor_s=self._floor_s(asked, workload, self._rates),
+            lasting_floor_s=self._floor_s(asked, workload, lasting) if lasting else None,
             steps=self._stages.num_steps,
             stages_s=stages_s,
         )
+
+    def _floor_s(self, asked: list[Asked], workload: Workload, rates: Rates) -> float:
+        places = self._llm.engine.scheduler.max_num_seqs
+        return floor_s(asked, workload.shared_tokens, places, self._cost, rates)
 
     def trace(self, workloads: list[Workload], count: int, path: Path) -> None:
         """One more round of each, traced."""

@@ -47,7 +47,12 @@ class Subject:
     def all_rates(self, one: Rates) -> Rates:
         """Of all devices together, if `one` is the first's; ranks on a CPU share it."""
         count = self.num_ranks if self.gpu else 1
-        return Rates(flop_s=one.flop_s * count, bytes_s=one.bytes_s * count)
+        lasting = one.lasting_flop_s
+        return Rates(
+            flop_s=one.flop_s * count,
+            bytes_s=one.bytes_s * count,
+            lasting_flop_s=None if lasting is None else lasting * count,
+        )
 
     @property
     def where(self) -> str:

@@ -125,7 +125,7 @@ def _head(report: Report) -> str:
         f" ready after {report.start_s:.1f} s",
         f"up to {report.max_num_seqs} sequences and {report.max_num_batched_tokens:,} tokens in a"
         f" step, room for {tokens:,} tokens of KV",
-        f"products {report.rates.flop_s / 1e12:.3g} TFLOP/s, copies"
+        f"products {report.rates.flop_s / 1e12:.3g} TFLOP/s{_lasting(report)}, copies"
         f" {report.rates.bytes_s / 1e9:,.0f} GB/s",
     ]
     if report.scale > 1:
@@ -133,12 +133,19 @@ def _head(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _lasting(report: Report) -> str:
+    rate = report.rates.lasting_flop_s
+    return "" if rate is None else f" ({rate / 1e12:.3g} over seconds)"
+
+
 def _line(done: Round) -> str:
-    share = done.floor_s / done.seconds
+    floor = f"{done.floor_s:.2f} s ({done.floor_s / done.seconds:.0%})"
+    if (lasting := done.lasting_floor_s) is not None:
+        floor += f", at the lasting rate {lasting:.2f} s ({lasting / done.seconds:.0%})"
     stages = ", ".join(f"{name} {spent:.2f}" for name, spent in done.stages_s.items())
     return (
         f"{done.workload:5s} {done.num_prompts:,} prompts (seed {done.seed}) in"
         f" {done.seconds:.2f} s: {done.in_tok_s:,.0f} tok/s in, {done.out_tok_s:,.0f} out;"
-        f" floor {done.floor_s:.2f} s ({share:.0%})\n"
+        f" floor {floor}\n"
         f"      {done.steps:,} steps; s: {stages}"
     )

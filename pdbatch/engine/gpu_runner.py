@@ -23,6 +23,7 @@ from pdbatch.engine.attention import decodes, prepare
 from pdbatch.engine.attention.equal import EqualPrompts, serves
 from pdbatch.engine.attention.hook import KEYWORD
 from pdbatch.engine.attention.operator import Place
+from pdbatch.engine.attention.packed import takes_packed
 from pdbatch.engine.attention.triton_step import TritonStep
 from pdbatch.engine.attention.upload import Upload
 from pdbatch.engine.compiled import Compiled
@@ -75,6 +76,7 @@ class GpuRunner:
             processors=torch.cuda.get_device_properties(device).multi_processor_count,
             windowed=getattr(config, "sliding_window", None) is not None,
             equal=EqualPrompts() if serves(device, cache.shape.head_dim, loaded.dtype) else None,
+            packed=takes_packed(device, cache.shape.head_dim),
         )
         self._compiled = Compiled(loaded.model) if compiled else None
         self._max_model_len, self._decodes_here = max_model_len, decodes_here

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import Ernie4_5_MoeConfig
 
 from pdbatch.bench.floor import Rates, cost_of, floor_s
 from pdbatch.bench.kernels import gpu_events
@@ -57,6 +58,26 @@ def test_experts_cost_what_a_token_meets_and_are_read_all() -> None:
     cost = cost_of(config_of("random:qwen3-30b-a3b"), torch.bfloat16)
     assert cost.body_weights + cost.head_weights == pytest.approx(3.0e9, rel=0.1)
     assert cost.step_bytes / 2 == pytest.approx(30.2e9, rel=0.02)
+
+
+def test_experts_that_every_token_meets_are_counted() -> None:
+    config = Ernie4_5_MoeConfig()
+    cost = cost_of(config, torch.bfloat16)
+    config.moe_num_shared_experts = 0
+    without = cost_of(config, torch.bfloat16)
+    shared = config.num_hidden_layers * 2 * 3 * config.hidden_size * config.moe_intermediate_size
+    assert cost.body_weights - without.body_weights == shared
+    assert cost.step_bytes - without.step_bytes == 2 * shared
+
+
+def test_the_floor_at_the_lasting_rate_is_the_longer_one() -> None:
+    assert H100.lasting is None
+    hot = dataclasses.replace(H100, lasting_flop_s=600e12)
+    assert hot.lasting is not None and hot.lasting.flop_s == 600e12
+    cost = cost_of(config_of("random:llama-3-8b"), torch.bfloat16)
+    asked = WORKLOADS["A"].ask(10, 128_256, 0)
+    ratio = floor_s(asked, 0, 512, cost, hot.lasting) / floor_s(asked, 0, 512, cost, hot)
+    assert ratio == pytest.approx(800 / 600)
 
 
 def test_narrow_weights_are_fewer_bytes() -> None:
@@ -141,6 +162,8 @@ def test_the_floor_of_several_devices_is_that_of_their_rates_together() -> None:
         loaded=None,
     )
     assert shared.all_rates(H100) == Rates(flop_s=4 * 800e12, bytes_s=4 * 3.35e12)
+    hot = dataclasses.replace(H100, lasting_flop_s=600e12)
+    assert shared.all_rates(hot).lasting_flop_s == 4 * 600e12
     on_cpu = dataclasses.replace(shared, device=torch.device("cpu"))
     assert on_cpu.all_rates(H100) == H100  # one processor, however many ranks
 

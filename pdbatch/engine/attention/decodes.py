@@ -16,7 +16,7 @@ import torch
 
 from pdbatch.engine.attention import work
 from pdbatch.engine.attention.equal import EqualPrompts
-from pdbatch.engine.attention.triton_step import DecodeTables, SharedTables
+from pdbatch.engine.attention.tables import DecodeTables, SharedTables
 from pdbatch.engine.kernels import shared
 from pdbatch.engine.kvcache import KVShape
 from pdbatch.engine.model_input import ModelInput
@@ -39,6 +39,8 @@ class Sizes:
     """Whether some layer has a sliding window."""
     equal: EqualPrompts | None = None
     """Takes prompts of one length as batches, where that is faster."""
+    packed: bool = True
+    """Whether other chunks without a prefix go to FlashAttention, not to the paged kernel."""
 
     @property
     def aim(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pdbatch.engine.attention import decodes, work
-from pdbatch.engine.attention.triton_step import Run, Tables
+from pdbatch.engine.attention.tables import Run, Tables
 from pdbatch.engine.attention.upload import Upload, aligned, views
 from pdbatch.engine.kernels import chunk
 from pdbatch.engine.model_input import ModelInput
@@ -37,7 +37,7 @@ def eager(batch: ModelInput, sizes: decodes.Sizes, upload: Upload) -> Step:
     plan = decodes.plan(batch, sizes) if count else None
     runs = work.unprefixed_runs(starts, lens, count)
     pieces = list(_pieces(runs, lens, sizes))
-    tile_rows, *tiles = _tiles(starts, lens, count, runs, sizes)
+    tile_rows, *tiles = _tiles(starts, lens, count, pieces, sizes)
     sections = [*_tokens(batch), starts, lens, _blocks_at(batch, rows), _blocks(batch)]
     sections += plan.sections if plan is not None else []
     sections += [part.reshape(-1) for part in tiles]
@@ -46,7 +46,7 @@ def eager(batch: ModelInput, sizes: decodes.Sizes, upload: Upload) -> Step:
     ids, positions, slots, starts_d, lens_d, blocks_at, blocks = (next(sent) for _ in range(7))
     put_tokens(ids, batch.tokens_before)
     own, whole, shared = plan.tables(sent) if plan is not None else (None, None, None)
-    prefixed, plain = (next(sent).view(-1, 2) for _ in range(2))
+    paged, others = (next(sent).view(-1, 2) for _ in range(2))
     tables = Tables(
         num_decodes=count,
         slots=slots,
@@ -57,7 +57,7 @@ def eager(batch: ModelInput, sizes: decodes.Sizes, upload: Upload) -> Step:
         own=own,
         whole=whole,
         shared=shared,
-        tiles_X2=prefixed if prefixed.numel() else None,
+        tiles_X2=paged if paged.numel() else None,
         runs=[
             Run(
                 int(starts[a]),
@@ -68,7 +68,7 @@ def eager(batch: ModelInput, sizes: decodes.Sizes, upload: Upload) -> Step:
             )
             for a, b, equal in pieces
         ],
-        run_tiles_X2=plain if plain.numel() else None,
+        run_tiles_X2=others if others.numel() else None,
         tile_rows=tile_rows,
     )
     return Step(ids, positions, tables)
@@ -77,13 +77,15 @@ def eager(batch: ModelInput, sizes: decodes.Sizes, upload: Upload) -> Step:
 def _pieces(
     runs: list[tuple[int, int]], lens: work.Ints, sizes: decodes.Sizes
 ) -> Iterator[tuple[int, int, bool]]:
-    """(first, end, whether all have one length and go as a batch) of each piece of the runs."""
+    """(first, end, whether all have one length and go as a batch) of each piece of the runs that
+    is not the paged kernel's."""
     for first, end in runs:
         cut = [(end - first, False)]
         if sizes.equal is not None:
             cut = sizes.equal.cut(lens[first:end].tolist())
         for count, batch in cut:
-            yield first, first + count, batch
+            if batch or sizes.packed:
+                yield first, first + count, batch
             first += count
 
 
@@ -143,22 +145,22 @@ def _tiles(
     starts: work.Ints,
     lens: work.Ints,
     count: int,
-    runs: list[tuple[int, int]],
+    pieces: list[tuple[int, int, bool]],
     sizes: decodes.Sizes,
 ) -> tuple[int, work.Ints, work.Ints]:
-    """(rows of a tile, tiles of chunks with a prefix, tiles of those without)."""
+    """(rows of a tile, tiles of the paged kernel's chunks, tiles of the pieces')."""
     plain = np.zeros(len(lens), dtype=bool)
-    for a, b in runs:
+    for a, b, _equal in pieces:
         plain[a:b] = True
     group = sizes.num_q_heads // sizes.shape.num_kv_heads
     chunks = np.arange(count, len(lens), dtype=np.int32)
     queries = float(starts[-1] - count) / max(1, len(chunks))
     rows, tokens = chunk.rows_of_tile(group, sizes.shape, queries)
-    prefixed, unprefixed = chunks[~plain[count:]], chunks[plain[count:]]
+    paged, others = chunks[~plain[count:]], chunks[plain[count:]]
     return (
         rows,
-        work.chunk_tiles(starts, lens, prefixed, tokens),
-        work.chunk_tiles(starts, lens, unprefixed, tokens),
+        work.chunk_tiles(starts, lens, paged, tokens),
+        work.chunk_tiles(starts, lens, others, tokens),
     )
 
 

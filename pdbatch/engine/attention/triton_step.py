@@ -3,91 +3,20 @@
     decodes                      one kernel, split by length, joined where split
     decodes with a shared start  that start once for all, joined with their own keys
     chunks                       one kernel for all, over prefix and own tokens
-    chunks without a prefix      `varlen_attn` on the projections, where it can serve; cuDNN's
-                                 attention where many have one length (`equal`)
+    chunks without a prefix      that too, where it is faster; else `varlen_attn` on the projections
+                                 (`packed`); cuDNN's where many have one length (`equal`)
 
-`Tables` are the step's numbers on the device, made once a step and read by every layer. What a
-kernel masks it never reads, so old content of blocks needs no clearing.
+What a kernel masks it never reads, so old content of blocks needs no clearing.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 
-from pdbatch.engine.attention.equal import EqualPrompts
+from pdbatch.engine.attention import packed
+from pdbatch.engine.attention.tables import Tables
 from pdbatch.engine.kernels import chunk, decode, merge, rotary, shared, write
 from pdbatch.engine.kvcache import PagedKVCache
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeTables:
-    """Work items of the decodes for layers of one kind."""
-
-    items_I4: torch.Tensor
-    row_parts: torch.Tensor
-    num_parts: int
-    """Places for partial results of items; 0 if no row is split."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedTables:
-    """Families of decodes; see `work.Shared`."""
-
-    tiles_F2: torch.Tensor
-    members: torch.Tensor
-    shared_at: torch.Tensor
-    """[R] first of a row's partial results of the shared part, -1 without one."""
-    splits: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tables:
-    """One step's numbers, int32 on the device."""
-
-    num_decodes: int
-    """Rows that decode, padding included."""
-    slots: torch.Tensor
-    """[T]; negative where nothing is written."""
-    starts: torch.Tensor
-    """[S + 1] offsets into T."""
-    lens: torch.Tensor
-    """[S] keys of each sequence, this step's included."""
-    blocks: torch.Tensor
-    """All block tables, one after the other."""
-    blocks_at: torch.Tensor
-    """[S] where each sequence's blocks begin in `blocks`."""
-    own: DecodeTables | None = None
-    """The decodes' keys; without those that a family reads."""
-    whole: DecodeTables | None = None
-    """All keys of the decodes, for layers with a window; None: as `own`."""
-    shared: SharedTables | None = None
-    tiles_X2: torch.Tensor | None = None
-    """Tiles of chunks for the paged kernel."""
-    runs: list[Run] = field(default_factory=list)
-    """Chunks without a prefix, for `varlen_attn`; their tiles are in `run_tiles_X2` too."""
-    run_tiles_X2: torch.Tensor | None = None
-    tile_rows: int = 0
-    """Rows of those tiles: tokens times the query heads of a group."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbouring chunks that attend to nothing but themselves."""
-
-    start: int
-    end: int
-    """Tokens [start, end) of the step."""
-    cu_seqlens: torch.Tensor
-    """Their offsets, from 0."""
-    longest: int
-    equal: EqualPrompts | None = None
-    """Takes them as a batch: all are `longest` tokens long."""
 
 
 class TritonStep:
@@ -164,7 +93,7 @@ class TritonStep:
         softcap: float | None,
     ) -> torch.Tensor:
         tables = self._tables
-        fused = _varlen() if _varlen_serves(q_THD, softcap) else None
+        fused = packed.fused() if packed.serves(q_THD, softcap) else None
         if fused is not None and len(tables.runs) == 1:
             run = tables.runs[0]
             if (run.start, run.end) == (0, q_THD.shape[0]):
@@ -258,47 +187,3 @@ class TritonStep:
                 num_kv_heads=heads,
                 splits=splits,
             )
-
-
-Fused = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Run, float, int | None], torch.Tensor]
-
-
-def _varlen_serves(q_THD: torch.Tensor, softcap: float | None) -> bool:
-    """Whether FlashAttention takes these heads."""
-    size = q_THD.shape[2]
-    halves = q_THD.dtype in (torch.float16, torch.bfloat16)
-    return q_THD.is_cuda and halves and softcap is None and size <= 256 and size % 8 == 0
-
-
-@functools.cache
-def _varlen() -> Fused | None:
-    """torch's attention over packed sequences, where this torch has it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-
-    shares_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-    def fused(
-        q_THD: torch.Tensor,
-        k_THD: torch.Tensor,
-        v_THD: torch.Tensor,
-        run: Run,
-        scaling: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        if run.equal is not None and window is None:
-            taken = run.equal.attend(q_THD, k_THD, v_THD, run.longest, scaling)
-            if taken is not None:
-                return taken
-        more: dict[str, Any] = {"scale": scaling}
-        more["window_size"] = (-1 if window is None else window - 1, 0)
-        if shares_heads:
-            more["enable_gqa"] = q_THD.shape[1] != k_THD.shape[1]
-        offsets, longest = run.cu_seqlens, run.longest
-        out = varlen_attn(q_THD, k_THD, v_THD, offsets, offsets, longest, longest, **more)
-        assert isinstance(out, torch.Tensor)
-        return out
-
-    return fused

@@ -8,13 +8,25 @@ import torch
 import triton
 import triton.language as tl
 
+from pdbatch.engine.kernels.dependent import after_previous, dependent, let_next
+
 KINDS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 """Activations that have a kernel."""
 _WIDTH = 1024
 
 
 @triton.jit
-def _gated(x_ptr, out_ptr, x_row, out_row, size, WIDTH: tl.constexpr, KIND: tl.constexpr):
+def _gated(
+    x_ptr,
+    out_ptr,
+    x_row,
+    out_row,
+    size,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    after_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     c_C = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     real_C = c_C < size
@@ -28,6 +40,7 @@ def _gated(x_ptr, out_ptr, x_row, out_row, size, WIDTH: tl.constexpr, KIND: tl.c
         gate_C = gate_C / (1.0 + tl.exp(-2.0 * inner_C))
     else:
         gate_C = 0.5 * gate_C * (1.0 + tl.erf(gate_C * 0.7071067811865476))
+    let_next(DEPENDENT)
     out_C = gate_C.to(kind).to(tl.float32) * up_C
     tl.store(out_ptr + row * out_row + c_C, out_C.to(kind), mask=real_C)
 
@@ -46,5 +59,6 @@ def gated(x: torch.Tensor, kind: str) -> torch.Tensor:
         WIDTH=_WIDTH,
         KIND=KINDS[kind],
         num_warps=4,
+        **dependent(x.device),
     )
     return out

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pdbatch.engine.kernels.dependent import after_previous, dependent, let_next
 from pdbatch.engine.kernels.scores import (
     absorb,
     keys_of_tile,
@@ -60,7 +61,9 @@ def _decode(
     CAPPED: tl.constexpr,
     WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    after_previous(DEPENDENT)
     item = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.load(items + item * 4)
@@ -96,6 +99,7 @@ def _decode(
         scores_RN = scaled(scores_RN, scale, softcap, CAPPED)
         scores_RN = tl.where(seen_N[None, :], scores_RN, float("-inf"))
         best_R, sum_R, out_RD = absorb(scores_RN, v_ND, best_R, sum_R, out_RD, PRECISION)
+    let_next(DEPENDENT)
     out_RD = out_RD / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
     if part < 0:
         to_RD = out_ptr + row * out_token + (head * GROUP + g_R)[:, None] * out_head + d_D[None, :]
@@ -169,4 +173,5 @@ def decode(
         PRECISION=precision(q_THD.dtype),
         num_warps=num_warps or (2 if many else 4),
         num_stages=num_stages,
+        **dependent(q_THD.device),
     )

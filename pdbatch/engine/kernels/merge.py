@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pdbatch.engine.kernels.dependent import after_previous, dependent, let_next
 from pdbatch.engine.kernels.scores import power_of_two
 
 
@@ -50,7 +51,9 @@ def _merge(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     SHARED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    after_previous(DEPENDENT)
     row = tl.program_id(0)
     head = tl.program_id(1)
     first = tl.load(row_parts + row)
@@ -78,6 +81,7 @@ def _merge(
                 best_R, sum_R, out_RD = _join(
                     part_out, part_lse, part, best_R, sum_R, out_RD, real_R, g_R, d_D, D
                 )
+    let_next(DEPENDENT)
     out_RD = out_RD / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
     tl.store(
         out_ptr + row * out_token + (head * GROUP + g_R)[:, None] * out_head + d_D[None, :],
@@ -115,4 +119,5 @@ def merge(
         WIDTH=power_of_two(size, 16),
         SHARED=splits > 0,
         num_warps=2,
+        **dependent(out_THD.device),
     )

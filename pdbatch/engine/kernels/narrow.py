@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pdbatch.engine.kernels.dependent import after_previous, dependent, let_next
 from pdbatch.engine.kernels.widening import SLAB, scale_and_addend, widened_4, widened_8
 from pdbatch.engine.quantization.cuts import Tiles
 
@@ -75,7 +76,9 @@ def _product(
     SWAP: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    after_previous(DEPENDENT)
     BYTES: tl.constexpr = SLAB * BITS // 8
     tile_N, share, tile_M = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_N = tile_N * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -110,6 +113,7 @@ def _product(
             group = _dot(x_MB, first_NB, tl.zeros_like(acc), SWAP)
             group = _dot(others_MB, second_NB, group, SWAP)
             acc += _scaled(group, scale_N, SWAP)
+    let_next(DEPENDENT)
     if BITS == 8:
         acc = _scaled(acc, tl.load(scale_ptr + n_N, mask=real_N, other=0.0), SWAP)
     out_MN = tl.trans(acc) if SWAP else acc
@@ -185,4 +189,5 @@ def product(
         STAGES=tiles.stages,
         ASM=x_MK.is_cuda,
         num_warps=tiles.warps,
+        **dependent(x_MK.device),
     )

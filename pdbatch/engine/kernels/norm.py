@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pdbatch.engine.kernels.dependent import after_previous, dependent, let_next
 from pdbatch.engine.kernels.scores import power_of_two
 
 FIRST, LAST, SHIFTED = 0, 1, 2
@@ -28,7 +29,9 @@ def _norm(
     WIDTH: tl.constexpr,
     STYLE: tl.constexpr,
     ADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    after_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     c_C = tl.arange(0, WIDTH)
     real_C = c_C < size
@@ -45,6 +48,7 @@ def _norm(
     if ADDED:
         old_C = tl.load(residual_ptr + row * residual_row + c_C, mask=real_C, other=0.0)
         out_C = (old_C.to(tl.float32) + out_C.to(tl.float32)).to(kind)
+    let_next(DEPENDENT)
     tl.store(out_ptr + row * out_row + c_C, out_C, mask=real_C)
 
 
@@ -77,5 +81,6 @@ def norm(
         STYLE=style,
         ADDED=residual is not None,
         num_warps=min(16, max(1, width // 512)),
+        **dependent(x.device),
     )
     return out

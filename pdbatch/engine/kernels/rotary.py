@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pdbatch.engine.kernels.dependent import after_previous, dependent, let_next
 from pdbatch.engine.kernels.scores import power_of_two
 from pdbatch.engine.kvcache import PagedKVCache
 
@@ -60,7 +61,9 @@ def _rotary(
     NORMED: tl.constexpr,
     SHIFTED: tl.constexpr,
     KEEP_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    after_previous(DEPENDENT)
     head = tl.program_id(1)
     t_T = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     real_T = t_T < count
@@ -118,6 +121,7 @@ def _rotary(
         if R < D:
             kept_TD = kept_T[:, None] & (c_D < D)[None, :]
             tl.store(page + at_T[:, None] + c_D[None, :], new_c_TD, mask=kept_TD)
+    let_next(DEPENDENT)
     if not KEEP_K:
         mask_TD = mask_TD & (head < Q_HEADS)
         rest_TD = rest_TD & (head < Q_HEADS)
@@ -192,4 +196,5 @@ def rotary(
         SHIFTED=how.shifted,
         KEEP_K=keep_k,
         num_warps=4,
+        **dependent(qkv_TX.device),
     )

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pdbatch.engine.kernels.dependent import after_previous, dependent, let_next
 from pdbatch.engine.kernels.scores import (
     absorb,
     keys_of_tile,
@@ -54,7 +55,9 @@ def _shared(
     TILE: tl.constexpr,
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    after_previous(DEPENDENT)
     tile = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -94,6 +97,7 @@ def _shared(
         scores_RN = scaled(scores_RN, scale, softcap, CAPPED)
         scores_RN = tl.where(seen_N[None, :], scores_RN, float("-inf"))
         best_R, sum_R, out_RD = absorb(scores_RN, v_ND, best_R, sum_R, out_RD, PRECISION)
+    let_next(DEPENDENT)
     out_RD = out_RD / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
     part_R = ((first_part + place_R * splits + split) * HEADS + head) * GROUP + g_R
     tl.store(part_out + part_R[:, None] * D + d_D[None, :], out_RD, mask=real_RD)
@@ -163,4 +167,5 @@ def shared(
         PRECISION=precision(q_THD.dtype),
         num_warps=num_warps,
         num_stages=num_stages,
+        **dependent(q_THD.device),
     )
