@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+from pdbatch.engine.block_hashes import BlockHasher
 from pdbatch.engine.blocks import BlockHash, BlockId, BlockPool
 from pdbatch.engine.sequence import Sequence
 
@@ -28,11 +29,11 @@ class BlockManager:
     def __init__(
         self, pool: BlockPool, block_size: int, *, prefix_caching: bool = True, root: bytes = b""
     ) -> None:
+        """`root` begins every hash: the model and the layout, so that nothing else can be found."""
         self.pool = pool
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self._root = root
-        """Begins every hash: the model and the layout, so that nothing else can be found."""
+        self._hasher = BlockHasher(block_size, root)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that so many tokens need."""
@@ -163,4 +164,10 @@ class BlockManager:
         return found
 
     def _hashes(self, sequence: Sequence, count: int) -> list[BlockHash]:
-        return sequence.hash_blocks(count, self.block_size, self._root)
+        """Of at least the first `count` blocks, which are full of known tokens."""
+        hashes = sequence.block_hashes
+        known = len(hashes)
+        if known < count:
+            size = self.block_size
+            self._hasher.extend(hashes, sequence.tokens(known * size, count * size))
+        return hashes

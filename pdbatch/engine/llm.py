@@ -102,7 +102,7 @@ class LLM:
         first, self._count = self._count, self._count + len(asked)
         keys = {f"llm:{first + at}": at for at in range(len(asked))}
         requests = (
-            EngineRequest(key=key, spec=with_sampling(asked[at], chosen[at]))
+            EngineRequest(key=key, spec=with_sampling(_spec(asked[at]), chosen[at]))
             for key, at in keys.items()
         )
         try:
@@ -146,20 +146,23 @@ def with_sampling(spec: RequestSpec, sampling: SamplingParams) -> RequestSpec:
     return msgspec.structs.replace(spec, sampling=sampling)
 
 
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[RequestSpec]:
-    """Specs of one prompt or of many."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict))):
-        return [_spec(prompts)]  # type: ignore[arg-type]
-    return [_spec(prompt) for prompt in prompts]  # type: ignore[arg-type]
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Of one prompt or of many; each is copied when its turn comes. Raises UsageError."""
+    is_one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict)))
+    found: list[Any] = [prompts] if is_one else list(prompts)
+    for prompt in found:
+        first = prompt[0] if prompt and not isinstance(prompt, str) else 0
+        if not isinstance(first, (int, dict)):
+            raise UsageError(
+                f"a prompt is text, token ids or messages, not a list of {type(first)}"
+            )
+    return found
 
 
 def _spec(prompt: Prompt) -> RequestSpec:
     if isinstance(prompt, str):
         return RequestSpec(prompt=prompt)
-    first = prompt[0] if prompt else 0
-    if isinstance(first, dict):
+    if prompt and isinstance(prompt[0], dict):
         messages: list[Any] = list(prompt)
         return RequestSpec(endpoint="/v1/chat/completions", messages=messages)
-    if not isinstance(first, int):
-        raise UsageError(f"a prompt is text, token ids or messages, not a list of {type(first)}")
     return RequestSpec(prompt_token_ids=tuple(prompt))  # type: ignore[arg-type]

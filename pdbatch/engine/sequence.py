@@ -26,8 +26,6 @@ count as computed from their step's launch on: what is launched later finds them
 from __future__ import annotations
 
 import enum
-from array import array
-from hashlib import blake2b
 
 from pdbatch.engine.blocks import BlockHash, BlockId
 from pdbatch.engine.model_input import SampledToken, SamplingState
@@ -240,21 +238,3 @@ class Sequence:
         if start >= prompt:
             return self.output_token_ids[start - prompt : stop - prompt]
         return self.prompt_token_ids[start:] + self.output_token_ids[: stop - prompt]
-
-    def hash_blocks(self, count: int, block_size: int, root: bytes) -> list[BlockHash]:
-        """Hashes of at least the first `count` blocks, which are full of known tokens.
-
-        Each is 128 bits of blake2b over the hash before it (`root`, the model's layout, before
-        the first) and the block's tokens: equal hashes mean equal prefixes.
-        """
-        hashes = self.block_hashes
-        known = len(hashes)
-        if known < count:
-            size = block_size * 4
-            data = array("I", self.tokens(known * block_size, count * block_size)).tobytes()
-            parent = hashes[-1] if hashes else root
-            for start in range(0, len(data), size):
-                digest = blake2b(parent + data[start : start + size], digest_size=16).digest()
-                parent = BlockHash(digest)
-                hashes.append(parent)
-        return hashes

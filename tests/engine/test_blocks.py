@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from pdbatch.engine.block_hashes import BlockHasher
 from pdbatch.engine.block_manager import BlockManager
 from pdbatch.engine.blocks import BlockHash, BlockPool
 from pdbatch.engine.sequence import ActiveRequest, Sequence
@@ -128,3 +131,35 @@ def test_wrong_accounts_are_told_with_numbers() -> None:
     pool._plain.pop()
     with pytest.raises(InvariantError, match=r"free 3 \+ cached 0 \+ used 0 != total 4"):
         pool.check([])
+
+
+def test_hashes_do_not_depend_on_what_was_hashed_before() -> None:
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")  # shown when the test fails
+    rng = random.Random(seed)
+    hasher, past = BlockHasher(4, b"root"), [[]]
+    for _ in range(300):
+        start = rng.choice(past)
+        own = [rng.randrange(3) for _ in range(rng.randrange(30))]
+        tokens = start[: rng.randrange(len(start) + 1)] + own
+        tokens = tokens[: len(tokens) // 4 * 4]
+        past.append(tokens)
+        hashes: list[BlockHash] = []
+        first = rng.randrange(len(tokens) // 4 + 1) * 4
+        hasher.extend(hashes, tokens[:first])
+        hasher.extend(hashes, tokens[first:])
+        alone: list[BlockHash] = []
+        BlockHasher(4, b"root").extend(alone, tokens)
+        assert hashes == alone and len(alone) == len(tokens) // 4
+
+
+def test_equal_hashes_mean_equal_beginnings() -> None:
+    hasher = BlockHasher(2, b"")
+    made: list[list[BlockHash]] = [[], [], []]
+    for hashes, tokens in zip(made, ([1, 2, 3, 4], [1, 2, 3, 5], [3, 4, 1, 2]), strict=True):
+        hasher.extend(hashes, tokens)
+    assert made[0][0] == made[1][0] and made[0][1] != made[1][1]
+    assert not set(made[2]) & set(made[0]), "a block's place counts"
+    other: list[BlockHash] = []
+    BlockHasher(2, b"another layout").extend(other, [1, 2])
+    assert other[0] != made[0][0]

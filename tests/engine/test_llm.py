@@ -77,6 +77,8 @@ def test_a_shared_prefix_is_computed_once(llm: LLM) -> None:
 
 
 def test_misuse_is_named(llm: LLM) -> None:
+    with pytest.raises(UsageError, match="not a list of <class 'float'>"):
+        llm.generate([[1, 2], [0.5]])
     with pytest.raises(UsageError, match="2 prompts, but 1"):
         llm.generate([[1], [2]], [GREEDY])
     with pytest.raises(ConfigError, match="power of two"):
