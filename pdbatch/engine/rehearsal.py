@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from pdbatch.engine.attention import decodes
+from pdbatch.engine.attention.equal import LEAST_PROMPTS, LEAST_TOKENS
 from pdbatch.engine.model_input import ModelInput
 
 _KINDS: tuple[decodes.Kind, ...] = ("whole", "split", "shared")
@@ -27,7 +28,8 @@ def decoding(rows: int, sizes: decodes.Sizes, most_keys: int) -> Iterator[ModelI
 
 
 def mixed(sizes: decodes.Sizes, most_keys: int) -> Iterator[ModelInput]:
-    """Steps with prompts: without anything before them, with, and beside decodes of each kind."""
+    """Steps with prompts: without anything before them, with, beside decodes of each kind, and
+    equal ones."""
     size = sizes.shape.block_size
     yield _step([], [(0, 8)], size)
     if most_keys > 16:
@@ -35,6 +37,10 @@ def mixed(sizes: decodes.Sizes, most_keys: int) -> Iterator[ModelInput]:
         yield _step([], [(8, min(256, most_keys - 8))], size)  # long chunks have larger tiles
         for batch in decoding(16, sizes, most_keys):
             yield _step(batch.context_lens, [(0, 8), (8, 8)], size)
+    count, length = LEAST_PROMPTS, LEAST_TOKENS
+    if sizes.equal is not None and most_keys >= length:
+        sizes.equal.expect(count, length)
+        yield _step([], [(0, length)] * count, size)
 
 
 def largest(seqs: int, tokens: int, most_keys: int, block_size: int) -> ModelInput:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from pdbatch.engine import rehearsal
-from pdbatch.engine.attention import decodes
+from pdbatch.engine.attention import decodes, prepare
+from pdbatch.engine.attention.equal import EqualPrompts
+from pdbatch.engine.attention.upload import Upload
 from pdbatch.engine.kvcache import KVShape
 
 
@@ -49,6 +53,18 @@ def test_prompts_come_alone_after_others_and_beside_decodes() -> None:
         assert all(counts), "no empty chunk"
         assert len(batch.input_ids_T) == batch.cu_seqlens_q[-1]
     assert len(list(rehearsal.mixed(sizes, 12))) == 1
+
+
+def test_equal_prompts_are_rehearsed_where_they_go_as_a_batch() -> None:
+    sizes = dataclasses.replace(_sizes(), equal=EqualPrompts(), packed=False)
+    *_, batch = rehearsal.mixed(sizes, 4096)
+    tables = prepare.eager(batch, sizes, Upload(torch.device("cpu"))).tables
+    (run,) = tables.runs
+    assert run.equal is sizes.equal and run.longest * 4 == run.end == len(batch.input_ids_T)
+    assert tables.tiles_X2 is None
+    *_, batch = rehearsal.mixed(sizes, 255)
+    tables = prepare.eager(batch, sizes, Upload(torch.device("cpu"))).tables
+    assert not tables.runs and tables.tiles_X2 is not None, "else all are the paged kernel's"
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 _OFTEN = 3
 """Steps that had a shape before it is worth a plan of its own."""
-_LEAST_TOKENS = 256
-_LEAST_PROMPTS = 4
+LEAST_TOKENS = 256
+LEAST_PROMPTS = 4
 _MOST_SHAPES = 256
 
 
@@ -41,13 +41,17 @@ class EqualPrompts:
             equal = at + 1
             while equal < len(lens) and lens[equal] == lens[at]:
                 equal += 1
-            while equal - at >= _LEAST_PROMPTS:
+            while equal - at >= LEAST_PROMPTS:
                 count = 1 << (equal - at).bit_length() - 1
                 _append(pieces, count, self._recurs(count, lens[at]))
                 at += count
             _append(pieces, equal - at, False)
             at = equal
         return pieces
+
+    def expect(self, count: int, length: int) -> None:
+        """Take the next so many prompts of this length as a batch, though none came before."""
+        self._seen[count, length] = _OFTEN
 
     def attend(
         self,
@@ -76,7 +80,7 @@ class EqualPrompts:
         return out.transpose(1, 2).reshape(q_THD.shape)
 
     def _recurs(self, count: int, length: int) -> bool:
-        if self._broken or length < _LEAST_TOKENS:
+        if self._broken or length < LEAST_TOKENS:
             return False
         if len(self._seen) >= _MOST_SHAPES and (count, length) not in self._seen:
             self._seen.clear()

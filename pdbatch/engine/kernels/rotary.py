@@ -20,6 +20,9 @@ from pdbatch.engine.kernels.dependent import after_previous, dependent, let_next
 from pdbatch.engine.kernels.scores import power_of_two
 from pdbatch.engine.kvcache import PagedKVCache
 
+_MANY_TOKENS = 1024
+"""Programs of more tokens each fill the device from here on."""
+
 
 @triton.jit
 def _weighted(x_TD, rms_T, weight_D, kind: tl.constexpr, SHIFTED: tl.constexpr):
@@ -165,7 +168,7 @@ def rotary(
     heads, size = shape.num_kv_heads, shape.head_dim
     count, page = qkv_TX.shape[0], shape.block_size * size
     layer_at = layer * 2 * heads * page
-    tokens = tokens or (16 if count >= 4096 else 4)
+    tokens = tokens or (16 if count >= _MANY_TOKENS else 4)
     rest = size - how.num_turning
     _rotary[(triton.cdiv(count, tokens), how.num_q_heads + 2 * heads)](
         qkv_TX,
