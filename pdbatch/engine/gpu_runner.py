@@ -28,6 +28,7 @@ from pdbatch.engine.attention.triton_step import TritonStep
 from pdbatch.engine.attention.upload import Upload
 from pdbatch.engine.compiled import Compiled
 from pdbatch.engine.graphs import DecodeGraphs
+from pdbatch.engine.kernels.dependent import forbid
 from pdbatch.engine.kvcache import PagedKVCache
 from pdbatch.engine.loader import LoadedModel
 from pdbatch.engine.memory import is_shortage, release_unused
@@ -64,6 +65,8 @@ class GpuRunner:
         self.loaded = loaded
         self.cache = cache
         device = loaded.device
+        if loaded.shard is not None:
+            forbid()  # beside kernels that wait for other ranks it has not been tried
         config: Any = loaded.config
         self._body: Any = loaded.model.base_model
         self._head = Head(loaded.model)

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+_allowed = True
+
 
 @triton.jit
 def after_previous(DEPENDENT: tl.constexpr):
@@ -45,9 +47,15 @@ def let_next(DEPENDENT: tl.constexpr):
 
 def dependent(device: torch.device) -> dict[str, bool]:
     """Keywords for the launch of a kernel that has a `DEPENDENT` for both."""
-    if device.type == "cuda" and _serves(device.index):
+    if _allowed and device.type == "cuda" and _serves(device.index):
         return {"DEPENDENT": True, "launch_pdl": True}
     return {"DEPENDENT": False}
+
+
+def forbid() -> None:
+    """Launch all kernels of this process in the plain way from now on."""
+    global _allowed
+    _allowed = False
 
 
 @functools.cache
