@@ -29,6 +29,8 @@ _TOLERABLE = 16
 """One guessed row of so many may fail; if more do,"""
 _EXACT_STEPS = 100
 """so many choices are made without guesses."""
+_SORTED_AT_ONCE = 1 << 24
+"""Numbers: where whole rows may be sorted, which takes several times their memory."""
 
 
 class Sampler:
@@ -101,8 +103,14 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token ids [R], and which rows' nuclei were cut short, if that was guessed for any.
 
-        `logits_RV` is a copy of the caller's and is changed.
+        `logits_RV` is a copy of the caller's and is changed. Without a guess it goes some rows at
+        a time.
         """
+        most = max(1, _SORTED_AT_ONCE // self.vocab_size)
+        if not guess and len(states) > most:
+            firsts = range(0, len(states), most)
+            parts = [(logits_RV[r : r + most], states[r : r + most]) for r in firsts]
+            return torch.cat([self._choose(*part, guess)[0] for part in parts]), None
         adjust(logits_RV, states, self.vocab_size)
         drawn = [r for r, state in enumerate(states) if not state.params.greedy]
         if len(drawn) == len(states):

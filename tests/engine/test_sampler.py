@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pdbatch.engine import rng
+from pdbatch.engine import rng, sampler
 from pdbatch.engine.model_input import SampledToken, SamplingState
 from pdbatch.engine.sampler import Sampler
 from pdbatch.sampling import SamplingParams
@@ -124,6 +124,21 @@ def test_a_row_does_not_depend_on_its_batch(seed: int) -> None:
     pick.shuffle(order)
     shuffled = sample(logits[order], [states[row] for row in order])
     assert [shuffled[order.index(row)] for row in range(40)] == together
+
+
+def test_many_rows_are_sorted_some_at_a_time(seed: int, monkeypatch) -> None:
+    logits = torch.randn(11, VOCAB, generator=torch.Generator().manual_seed(seed))
+    kinds = [{"temperature": 0}, {"temperature": 1, "top_p": 0.9}, {"temperature": 2, "top_k": 9}]
+    states = [state(row, **kinds[row % 3]) for row in range(11)]
+    at_once = tokens(logits, states)
+    asked = []
+    sort = torch.Tensor.sort
+    monkeypatch.setattr(
+        torch.Tensor, "sort", lambda x, *a, **k: asked.append(len(x)) or sort(x, *a, **k)
+    )
+    monkeypatch.setattr(sampler, "_SORTED_AT_ONCE", 4 * VOCAB + 1)
+    assert tokens(logits, states) == at_once
+    assert asked and max(asked) <= 4
 
 
 def test_a_nucleus_wider_than_the_first_look_is_found_whole() -> None:
