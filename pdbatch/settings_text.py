@@ -55,9 +55,11 @@ def write_value(value: Value) -> str:
 
 def _read_choice(name: str, kind: str, value: str) -> str:
     choices = _CHOICES.get(name)
-    if choices and value not in choices:
+    if choices is None:
+        return value
+    if (chosen := value.strip().lower()) not in choices:
         raise ConfigError(f"{name} takes {' or '.join(choices)}, not {value!r}")
-    return value
+    return chosen
 
 
 def _read_bool(value: object) -> bool:

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _SUBMITTER_TTL_S = 300.0
 """Ten of its heartbeats."""
+_WORKERS_KEPT_S = 7 * 86400.0
+"""After their end, for who asks what became of them; each start of a worker is a row."""
+_FORGET_EVERY_S = 3600.0
 
 
 class Reconciler:
@@ -43,9 +46,12 @@ class Reconciler:
         self._clock_s = clock_s
         self._seen_at_s = clock_s()
         self._patient_until_s = 0.0
+        self._forget_at_s = self._seen_at_s
 
     def sweep(self) -> int:
         """Bury dead workers, end jobs that are due. Returns how many of both. Raises StoreError.
+
+        Now and then rows of workers that ended a week ago are removed, too.
 
         After a time without the database (it was away, or this process or machine slept)
         workers get two heartbeats to speak up first: they may have been as deaf as we were.
@@ -60,6 +66,9 @@ class Reconciler:
         for job in ended:
             logger.info("%s has ended", job)
         self._seen_at_s = self._clock_s()
+        if self._seen_at_s >= self._forget_at_s:
+            self._store.workers.forget(_WORKERS_KEPT_S)
+            self._forget_at_s = self._seen_at_s + _FORGET_EVERY_S
         return len(dead) + len(ended)
 
     def _must_be_patient(self) -> bool:

@@ -101,6 +101,17 @@ class Workers:
         late = self._db.read(lambda conn: self._late(conn, ttl_s))
         return [worker for worker in late if self._declare_dead(worker, ttl_s)]
 
+    def forget(self, after_s: float) -> int:
+        """Removes the rows of workers that ended longer ago than `after_s`; returns how many.
+        Nothing refers to them: with a life end its holds and claims."""
+
+        def run(conn: Connection) -> int:
+            before = self._db.dialect.now(conn) - after_s
+            ended = (WORKERS.c.state != "live", WORKERS.c.ended_at < before)
+            return conn.execute(delete(WORKERS).where(*ended)).rowcount
+
+        return self._db.write(run)
+
     def _late(self, conn: Connection, ttl_s: float) -> builtins.list[WorkerId]:
         before = self._db.dialect.now(conn) - ttl_s
         query = select(WORKERS.c.id).where(

@@ -76,6 +76,8 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         ("kv_transport", "tcp, shm", ("tcp", "shm")),
         ("kv_transport", "auto", ("auto",)),
         ("worker_ttl_s", "3.5", 3.5),
+        ("log_level", "WARNING", "warning"),
+        ("role", " Prefill", "prefill"),
         ("max_num_seqs", "", None),
         ("model", "", "smollm2-135m"),
     ],

@@ -115,6 +115,12 @@ def test_warmup_runs_on_the_smallest_blocks() -> None:
         Loop(engine, block_size=size).runner.warmup()
 
 
+def test_a_family_that_does_not_pass_the_step_on_is_refused() -> None:
+    with pytest.raises(ModelError, match="StableLmAttention does not pass the step on") as caught:
+        runner.kv_shape(loaded(make("stablelm")), 16)
+    assert caught.value.remedy
+
+
 def test_kv_shape_is_what_the_layers_write() -> None:
     shape = runner.kv_shape(loaded(make("qwen3")), 16)
     assert (shape.num_layers, shape.num_kv_heads, shape.head_dim) == (3, 2, 16)

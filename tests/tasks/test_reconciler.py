@@ -93,6 +93,23 @@ def test_a_worker_that_speaks_is_left_alone(store: Store, reconciler: Reconciler
     assert len(store.workers.list()) == 1
 
 
+def test_workers_that_ended_long_ago_are_forgotten(
+    store: Store, reconciler: Reconciler, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["old", "other"]
+    for name in names:
+        store.workers.retire(store.workers.register(name, "host", "mixed", "m"))
+    live = store.workers.register("live", "host", "mixed", "m")
+    reconciler.sweep()
+    assert len(store.workers.list(live_only=False)) == 3, "they ended just now"
+    monkeypatch.setattr("tasks.reconciler._WORKERS_KEPT_S", -1.0)
+    reconciler.sweep()
+    assert len(store.workers.list(live_only=False)) == 3, "not before an hour is over"
+    clock.now_s += 3600
+    reconciler.sweep()
+    assert [worker.id for worker in store.workers.list(live_only=False)] == [live]
+
+
 def test_after_a_time_without_database_workers_get_a_chance_to_speak(
     store: Store, reconciler: Reconciler, clock: Clock
 ) -> None:

@@ -43,7 +43,12 @@ def paged_attention(
     """
     if others.get("s_aux") is not None:
         raise ModelError("attention with sinks is not supported", remedy="choose another model")
-    step: StepAttention = others[KEYWORD]
+    step: StepAttention | None = others.get(KEYWORD)
+    if step is None:
+        raise ModelError(
+            f"the attention of {type(module).__name__} does not pass the step on",
+            remedy="choose another model: this family's layers take no keywords",
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.compiler.is_compiling():
         out_THD = operator.traced(module, step, query, key, value, scaling, sliding_window, softcap)
