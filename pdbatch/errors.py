@@ -98,3 +98,9 @@ class WaitTimeout(PdbatchError):
     """A wait ended before what it waited for happened."""
 
     exit_code = 7
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says, and the remedy that it knows, for who cannot be handed the error."""
+    remedy = getattr(error, "remedy", None)
+    return f"{error}; {remedy}" if remedy else str(error)

@@ -29,6 +29,7 @@ from pdbatch.engine.base import EngineBase
 from pdbatch.engine.config import EngineConfig
 from pdbatch.engine.ipc import Channel, ChannelClosed, engine_end
 from pdbatch.engine.messages import Command, Fatal, Ready, Reset, Shutdown
+from pdbatch.errors import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         logger.exception("the engine ends")
         with contextlib.suppress(ChannelClosed):
-            channel.send(Fatal(type(error).__name__, str(error)))
+            channel.send(Fatal(type(error).__name__, in_words(error)))
         return 1
     return 0
 

@@ -135,6 +135,7 @@ def test_what_cannot_start_says_why(tmp_path: Path) -> None:
     with started(config("mixed", str(tmp_path / "nothing"))) as process:
         fatal = expect(process, Fatal)
         assert fatal.error == "ModelError" and "nothing" in fatal.message
+        assert "give an alias" in fatal.message, "the remedy comes along"
         with pytest.raises(ChannelClosed):
             process.channel.receive(DEADLINE_S)
         assert process.process.wait(DEADLINE_S) == 1

@@ -29,6 +29,7 @@ from pdbatch.engine.child import end_with
 from pdbatch.engine.ipc import Channel, ChannelClosed
 from pdbatch.engine.parallel import messages as say
 from pdbatch.engine.ports import PullRefused, PullResult
+from pdbatch.errors import in_words
 
 if TYPE_CHECKING:
     from pdbatch.engine.parallel.group import Group
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         logger.exception("the rank ends")
         with contextlib.suppress(ChannelClosed):
-            channel.send(say.Failed(type(error).__name__, str(error)))
+            channel.send(say.Failed(type(error).__name__, in_words(error)))
         return 1
     return 0
 
