@@ -31,11 +31,11 @@ from fleet import Fleet, fresh_home
 from tiny_model import make_tiny_model
 
 from pdbatch.client import Client
-from pdbatch.config import Settings
+from pdbatch.config import Role, Settings
 from pdbatch.states import TERMINAL_JOB_STATES
 from pdbatch.store import Store
 
-ROLES = ["prefill", "prefill", "decode", "decode"]
+ROLES: list[Role] = ["prefill", "prefill", "decode", "decode"]
 KINDS = (
     *("kill prefill", "kill decode", "kill engine") * 2,
     *("stop prefill", "stop decode"),
@@ -194,7 +194,7 @@ def disturbed_run(
 
 def held_blocks(store: Store, fleet: Fleet) -> dict[str, object]:
     """Workers that still hold blocks or requests, by what they last said."""
-    held = {}
+    held: dict[str, object] = {}
     for worker in store.workers.list():
         stats = worker.stats
         busy = {
@@ -227,7 +227,7 @@ def main() -> None:
     lines = home / "prompts.jsonl"
     write_lines(lines, args.requests, rng, args.max_tokens)
     model = str(make_tiny_model(home / "tiny", str(args.models)))
-    source = postgresql(home) if args.database == "postgresql" else nullcontext("")
+    source = postgresql() if args.database == "postgresql" else nullcontext("")
     with source as url:
         settings = Settings(
             home=home,

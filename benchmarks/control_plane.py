@@ -82,7 +82,8 @@ def run(args: argparse.Namespace, home: Path, database_url: str) -> dict[str, ob
         began = time.monotonic()
         job = client.submit(lines).id
         submitted_s = time.monotonic() - began
-        broker = redis.Redis.from_url(fleet.settings.broker_url.replace("redis+socket", "unix"))
+        url = (fleet.settings.broker_url or "").replace("redis+socket", "unix")
+        broker = redis.Redis.from_url(url)
         start = time.monotonic()
         peak_redis, looked = 0, 0.0
         while (view := store.jobs.get(job)).state not in TERMINAL_JOB_STATES:

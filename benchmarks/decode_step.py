@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 LAYERS, HEADS, HEAD_DIM = 32, 8, 128
 
 
@@ -12,7 +14,7 @@ class DecodeStep:
         import torch
 
         self._torch, self._device = torch, device
-        kind = {"dtype": torch.bfloat16, "device": device}
+        kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         shapes = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
         self._weights = [[torch.randn(*s, **kind) * 0.01 for s in shapes] for _ in range(3)]
         self._x = torch.randn(batch, 4096, **kind)

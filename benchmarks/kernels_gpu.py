@@ -16,6 +16,7 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def seconds(launch: Callable[[], object], repeat: int = 8) -> float:
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1000 / repeat)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def ints(values: object) -> torch.Tensor:
@@ -200,7 +201,11 @@ def chunks(quick: bool) -> None:
         q, k, v = qkv.split([32, 8, 8], 1)
         out = torch.empty(16384, 32, D, device=DEVICE, dtype=torch.bfloat16)
         flops = 4 * 16384 * 32 * D * (before + length / 2)
-        given = {"tables": tables, "tables_at": ints(np.arange(count) * each), "lens": ints(lens)}
+        given: dict[str, Any] = {
+            "tables": tables,
+            "tables_at": ints(np.arange(count) * each),
+            "lens": ints(lens),
+        }
         given |= {"starts": ints(starts), "tiles_X2": tiles, "rows": rows, "scaling": D**-0.5}
         for tile, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4)):
             if quick and (tile, warps, stages) not in [(64, 8, 3), (64, 4, 3), (128, 8, 2)]:
@@ -224,7 +229,9 @@ def _varlen(q, k, v, cu, length):
 
     from torch.nn.attention.varlen import varlen_attn
 
-    more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    more: dict[str, Any] = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        more["enable_gqa"] = True
     return varlen_attn(q, k, v, cu, cu, length, length, window_size=(-1, 0), **more)
 
 
@@ -255,7 +262,7 @@ def _say(name: str, launch: Callable[[], object], flops: float) -> None:
 
 def products(quick: bool) -> None:
     """The four products of a layer; those after attention and gate also added in place."""
-    kind = {"device": DEVICE, "dtype": torch.bfloat16}
+    kind: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
     shapes = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672)}
     shapes |= {"down": (14336, 4096), "head": (4096, 128256)}
     for name, (inner, outer) in shapes.items():
@@ -278,7 +285,7 @@ def products(quick: bool) -> None:
 
 def passes(quick: bool) -> None:
     """Norm, gated activation, turning and writing."""
-    kind = {"device": DEVICE, "dtype": torch.bfloat16}
+    kind: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
     for tokens in (512, 16384):
         x, weight = torch.randn(tokens, 4096, **kind), torch.randn(4096, **kind)
         taken = seconds(lambda x=x, w=weight: norm.norm(x, w, 1e-5, 0))

@@ -14,6 +14,7 @@ from kvxfer import DeviceRegion, KVConsumer, KVDescriptor, KVLayout, KVProducer
 from kvxfer.cuda.driver import driver, ordinal_of
 from kvxfer.cuda.lanes import Lane
 from kvxfer.cuda.memory import cuda_tensor
+from kvxfer.layout import Order
 from kvxfer.plan import Span
 from kvxfer.transports.cuda_ipc import CudaIpcTransport
 
@@ -22,10 +23,10 @@ TOKEN_BYTES = LAYERS * 2 * HEADS * HEAD_DIM * ITEM_BYTES
 GIB = 1 << 30
 NUM_TABLES = 8
 PACE = 180e9
-ORDERS = ("head_major", "token_major")
+ORDERS: tuple[Order, ...] = ("head_major", "token_major")
 
 
-def layout_of(block_size: int, order: str) -> KVLayout:
+def layout_of(block_size: int, order: Order) -> KVLayout:
     """The model's, in blocks of so many tokens."""
     return KVLayout(
         model="llama-3-8b",
@@ -39,7 +40,7 @@ def layout_of(block_size: int, order: str) -> KVLayout:
     )
 
 
-def half_of_heads(block_size: int, order: str) -> tuple[Span, ...]:
+def half_of_heads(block_size: int, order: Order) -> tuple[Span, ...]:
     """Where the first half of the heads lies in a block, and in a rank's block of its own."""
     row = HEAD_DIM * ITEM_BYTES
     if order == "head_major":
@@ -100,7 +101,7 @@ class Bench:
     def ordinal(self) -> int:
         return ordinal_of(self.device)
 
-    def consumer(self, size: int, order: str) -> KVConsumer:
+    def consumer(self, size: int, order: Order) -> KVConsumer:
         """One region of ours for each layout, over the same pool."""
         if (size, order) not in self.consumers:
             block_bytes = size * TOKEN_BYTES
@@ -116,13 +117,13 @@ class Bench:
         count = len(self.pool) // (size * TOKEN_BYTES)
         return [rng.sample(range(count), length // size) for _ in range(NUM_TABLES)]
 
-    def pool_of_peer(self, size: int, order: str = ORDERS[0]) -> int:
+    def pool_of_peer(self, size: int, order: Order = ORDERS[0]) -> int:
         """Where it lies for our device."""
         consumer = self.consumer(size, order)
         name = next(name for name in self.told if name.startswith(f"{size} {order} "))
         found = self.told[name][0]
         consumer.pull(found, self.tables(size, found.num_tokens)[0])
-        opened = self.way._pool(endpoint(found), self.ordinal, 1)
+        opened: Any = self.way._pool(endpoint(found), self.ordinal, 1)
         return int(opened.way._address)
 
 

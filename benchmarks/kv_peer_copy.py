@@ -53,7 +53,8 @@ from kvxfer import KVConsumer, KVDescriptor
 from kvxfer.cuda.driver import driver
 from kvxfer.cuda.lanes import Lane
 from kvxfer.cuda.memory import cuda_tensor
-from kvxfer.cuda.mover import start
+from kvxfer.cuda.mover import By, start
+from kvxfer.layout import Order
 from kvxfer.plan import Move, ReadPlan, whole_blocks
 from kvxfer.transports.cuda_ipc import CudaIpcTransport
 
@@ -68,7 +69,7 @@ def measure_limit(bench: Bench, peer: int) -> float:
     return size / on_device(bench, 9, copy) / 1e9
 
 
-def measure_pull(bench: Bench, size: int, order: str, length: int) -> dict[str, Any]:
+def measure_pull(bench: Bench, size: int, order: Order, length: int) -> dict[str, Any]:
     """One row of the table."""
     consumer, found = bench.consumer(size, order), bench.told[f"{size} {order} {length}"]
     into = bench.tables(size, length)
@@ -84,7 +85,7 @@ def measure_pull(bench: Bench, size: int, order: str, length: int) -> dict[str, 
     plans = [
         whole_blocks(blocks(a), b, size * TOKEN_BYTES) for a, b in zip(found, into, strict=True)
     ]
-    by = "auto" if bench.peer_device_differs else "kernel"
+    by: By = "auto" if bench.peer_device_differs else "kernel"
     calls: list[float] = []
 
     def copy(lane: Lane, turn: int) -> None:
@@ -130,7 +131,7 @@ def measure_both(
     return (time.perf_counter() - begun) / (2 * count)
 
 
-def assert_equal(bench: Bench, size: int, order: str, length: int) -> None:
+def assert_equal(bench: Bench, size: int, order: Order, length: int) -> None:
     """The last table's blocks are the peer's: the engines' plain copies say so."""
     import torch
 
@@ -151,7 +152,7 @@ def assert_equal(bench: Bench, size: int, order: str, length: int) -> None:
         assert torch.equal(there, bench.pool[mine * block : (mine + 1) * block]), (source, mine)
 
 
-def measure_parts(bench: Bench, size: int, order: str, length: int) -> dict[str, Any]:
+def measure_parts(bench: Bench, size: int, order: Order, length: int) -> dict[str, Any]:
     """Half of the heads."""
     peer, mine = bench.pool_of_peer(size), bench.pool.data_ptr()
     spans = half_of_heads(size, order)
@@ -224,7 +225,7 @@ class Pulling:
         self.gb_per_s = 0.0
 
     def __enter__(self) -> Pulling:
-        opened = self._bench.way._pool(
+        opened: Any = self._bench.way._pool(
             endpoint(self._bench.told[f"{self._size} {ORDERS[0]} {self._length}"][0]),
             self._bench.ordinal,
             1,

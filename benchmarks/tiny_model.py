@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def make_tiny_model(folder: Path, home: str, *, layers: int = 2, hidden: int = 64) -> Path:
@@ -36,7 +37,8 @@ def make_tiny_model(folder: Path, home: str, *, layers: int = 2, hidden: int = 6
     )
     torch.manual_seed(20)
     partial = folder.with_name(folder.name + ".partial")
-    model = LlamaForCausalLM(config).to(torch.float32)
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.float32)
     with torch.no_grad():  # wide enough that answers wander instead of repeating one token
         for weight in model.parameters():
             weight.normal_(0.0, 0.15)

@@ -111,7 +111,8 @@ def asked_of(args: argparse.Namespace, count: int, seed: int) -> list[Asked]:
 
         folder = loader.prepare(args.model, str(Settings().home))
         config = AutoConfig.from_pretrained(folder).get_text_config()
-    return workload_of(args).ask(count, config.vocab_size, seed)
+    asked: list[Asked] = workload_of(args).ask(count, config.vocab_size, seed)
+    return asked
 
 
 def llm(args: argparse.Namespace, home: Path) -> dict[str, Any]:
