@@ -79,7 +79,11 @@ class Adoptions:
                 kept.append(self._waiting.popleft())
                 continue
             if not self._blocks.take_after(
-                pull.lead, found, pull.lead.num_prompt_tokens, self._scheduler.reserve
+                pull.lead,
+                found,
+                pull.lead.num_prompt_tokens,
+                self._scheduler.reserve,
+                self._may_come,
             ):
                 break
             self._waiting.popleft()
@@ -132,6 +136,10 @@ class Adoptions:
         if self._scheduler.has_room(coming + pull.request.params.n):
             return True
         return not self._pulling and not self._scheduler.running  # n is above max_num_seqs
+
+    def _may_come(self, lead: Sequence, taken: int) -> bool:
+        coming = [pull.lead for pull in self._pulling.values()]
+        return self._scheduler.may_adopt(lead, taken, coming)
 
     def _begin(self, pull: Pull, found: int, missing: list[BlockHash]) -> None:
         pull.arriving = missing if self._blocks.prefix_caching else []

@@ -16,11 +16,15 @@ layer the runner writes K and V of all the step's tokens before any token attend
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 from pdbatch.engine.block_hashes import BlockHasher
 from pdbatch.engine.blocks import BlockHash, BlockId, BlockPool
 from pdbatch.engine.sequence import Sequence
+
+MayTake = Callable[[Sequence, int], bool]
+"""Whether a sequence may start that takes so many free blocks."""
 
 
 class BlockManager:
@@ -39,14 +43,15 @@ class BlockManager:
         """Blocks that so many tokens need."""
         return -(-num_tokens // self.block_size)
 
-    def admit(self, sequence: Sequence, reserve: int = 0) -> bool:
+    def admit(self, sequence: Sequence, reserve: int = 0, may: MayTake | None = None) -> bool:
         """Give a sequence without blocks those of all its known tokens.
 
         Found leading blocks count as computed, but for the last known token, which always runs.
-        False, and nothing changed, if fewer than `reserve` blocks would be free afterwards.
+        False, and nothing changed, if fewer than `reserve` blocks would be free afterwards, or if
+        `may` forbids it.
         """
         found = self._find(sequence, sequence.num_tokens - 1)
-        if not self.take_after(sequence, found, sequence.num_tokens, reserve):
+        if not self.take_after(sequence, found, sequence.num_tokens, reserve, may):
             return False
         sequence.num_computed_tokens = len(found) * self.block_size
         return True
@@ -67,13 +72,18 @@ class BlockManager:
         return self._hashes(sequence, sequence.num_prompt_tokens // self.block_size)
 
     def take_after(
-        self, sequence: Sequence, found: list[BlockId], num_tokens: int, reserve: int = 0
+        self,
+        sequence: Sequence,
+        found: list[BlockId],
+        num_tokens: int,
+        reserve: int = 0,
+        may: MayTake | None = None,
     ) -> bool:
         """Set the block table to `found` and new blocks up to `num_tokens`, if there is room."""
         pool = self.pool
         fresh = self.blocks_for(num_tokens) - len(found)
-        revived = sum(map(pool.is_free, found))
-        if fresh + revived + reserve > pool.num_free:
+        taken = fresh + sum(map(pool.is_free, found))
+        if taken + reserve > pool.num_free or (may is not None and not may(sequence, taken)):
             return False
         pool.share(found)
         sequence.block_table = found + pool.take(fresh)

@@ -108,7 +108,10 @@ class Engine:
         self._run_ahead = run_ahead
         self._most_pinned = pinned_share * blocks.pool.num_blocks
         self.scheduler = Scheduler(
-            blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            hands_off=role == "prefill",
         )
         limits = Limits(
             max_model_len=info.max_model_len,

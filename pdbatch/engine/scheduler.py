@@ -9,7 +9,8 @@ One call of `schedule` a step:
     2. Then prefills under way, then waiting sequences, first come first served within a
        priority, until `max_num_batched_tokens` or `max_num_seqs` is reached. A prompt that does
        not fit into what is left of the step is computed in chunks. A sequence starts only when
-       all its known tokens find blocks, so only decodes grow and only they preempt.
+       all its known tokens find blocks, so only decodes grow and only they preempt; and only
+       when it is foreseen that all that run find theirs to the end (`forecast`).
 
 The step before may be in flight: its sequences then have a pending token, which runs like a known
 one, or wait for it and are passed over. Nobody is preempted then: `must_preempt` is asked first.
@@ -23,11 +24,16 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pdbatch.engine.block_manager import BlockManager
+from pdbatch.engine.forecast import OutputLengths, Room
 from pdbatch.engine.sequence import Sequence, SequenceState
 from pdbatch.errors import InvariantError
+
+_HELD_STEPS = 16
+"""For so many steps nobody asks again whether the pool will do, unless somebody ends."""
 
 
 @dataclass(slots=True)
@@ -55,8 +61,14 @@ class Scheduler:
     """Holds the waiting and the running sequences. Not safe for several threads."""
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        hands_off: bool = False,
     ) -> None:
+        """`hands_off`: sequences leave at their first token, so nothing grows."""
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -66,6 +78,12 @@ class Scheduler:
         self._waiting: set[Sequence] = set()
         """Those of the heap that still wait: who left it stays there as a shell."""
         self._unprepared: deque[Sequence] = deque()
+        self._hands_off = hands_off
+        self._lengths = OutputLengths()
+        self._held = 0
+        """Steps for which nobody starts, since the pool would not do."""
+        self._held_at = 0
+        """While so many run; of none it would never be asked again."""
 
     @property
     def num_waiting(self) -> int:
@@ -100,6 +118,9 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence has ended or leaves; its blocks are the caller's business."""
+        if sequence.finish_reason is not None and sequence.state is not SequenceState.FINISHED:
+            by_itself = sequence.finish_reason == "stop"
+            self._lengths.ended(len(sequence.output_token_ids), by_itself=by_itself)
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
         elif sequence.state is SequenceState.WAITING:
@@ -115,9 +136,18 @@ class Scheduler:
         """Blocks that stay free for running sequences to grow when others start."""
         return min(len(self.running), max(1, self.blocks.pool.num_blocks // 100))
 
+    def may_adopt(self, sequence: Sequence, taken: int, coming: Iterable[Sequence]) -> bool:
+        """Whether a sequence whose prompt is computed elsewhere may come, and take so many free
+        blocks; `coming` are those whose KV is being read."""
+        if self._is_held:
+            return False
+        room = Room(self.blocks, self._lengths, [*self.running, *coming])
+        return self._takes(room, sequence, taken)
+
     def schedule(self, *, may_start: bool = True) -> SchedulerOutput:
         """Choose the next step. With `may_start=False` no waiting sequence begins."""
         plan = SchedulerOutput()
+        self._held = max(0, self._held - 1)
         self._schedule_decodes(plan)
         self._schedule_chunks(plan)
         if may_start:
@@ -194,13 +224,24 @@ class Scheduler:
         if not self._waiting:
             return
         most = self.max_num_seqs + sum(s.waits and s.is_ending for s in self.running)
+        if self._is_held:
+            return
+        rooms: list[Room] = []
+
+        def may(sequence: Sequence, taken: int) -> bool:
+            if self._hands_off:
+                return True
+            if not rooms:
+                rooms.append(Room(self.blocks, self._lengths, self.running))
+            return self._takes(rooms[0], sequence, taken)
+
         while self._waiting and len(self.running) < most:
             left = self.max_num_batched_tokens - plan.num_tokens
             sequence = self._heap[0][1]
             if sequence not in self._waiting:
                 heapq.heappop(self._heap)
                 continue
-            if left <= 0 or not self.blocks.admit(sequence, self.reserve):
+            if left <= 0 or not self.blocks.admit(sequence, self.reserve, may):
                 break
             heapq.heappop(self._heap)
             self._waiting.discard(sequence)
@@ -208,6 +249,16 @@ class Scheduler:
             self._take(sequence, min(left, sequence.num_uncomputed_tokens), plan)
             plan.prefills.append(sequence)
             plan.started.append(sequence)
+
+    @property
+    def _is_held(self) -> bool:
+        return self._held > 0 and len(self.running) >= self._held_at
+
+    def _takes(self, room: Room, sequence: Sequence, taken: int) -> bool:
+        if room.takes(sequence, taken, self.reserve):
+            return True
+        self._held, self._held_at = _HELD_STEPS, max(1, len(self.running))
+        return False
 
     def _take(self, sequence: Sequence, count: int, plan: SchedulerOutput) -> None:
         sequence.num_scheduled_tokens = count

@@ -265,7 +265,9 @@ def make_engine(
     run_ahead: bool = False,
     guesses: bool = False,
     ranks: Any = None,
+    foresees: bool = True,
 ) -> FakeEngine:
+    """Without `foresees` a sequence starts when it finds blocks, so that many are preempted."""
     model = FakeModel(num_blocks, block_size)
     model.guesses = guesses
     generations = [0] * num_blocks
@@ -311,4 +313,6 @@ def make_engine(
         mark=model.mark,
         ranks=ranks,
     )
+    if not foresees:
+        engine.scheduler._takes = lambda *_: True  # type: ignore[method-assign]
     return FakeEngine(engine, model, transfers, blocks)

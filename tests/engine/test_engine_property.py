@@ -43,8 +43,11 @@ class World(RuleBasedStateMachine):
         share=st.sampled_from([0.1, 0.5, 1.0]),
         ahead=st.booleans(),
         guesses=st.booleans(),
+        foresees=st.booleans(),
     )
-    def build(self, caching, block_size, num_blocks, places, budget, share, ahead, guesses) -> None:
+    def build(
+        self, caching, block_size, num_blocks, places, budget, share, ahead, guesses, foresees
+    ) -> None:
         self.published: dict[str, Published] = {}
         self.engines: dict[str, FakeEngine] = {
             role: make_engine(
@@ -58,6 +61,7 @@ class World(RuleBasedStateMachine):
                 published=self.published,
                 run_ahead=ahead,
                 guesses=guesses,
+                foresees=foresees,
             )
             for role in ("prefill", "decode", "mixed")
         }
@@ -263,13 +267,19 @@ TestWorld.settings = settings(
 )
 
 
+@pytest.mark.parametrize("foresees", [False, True])
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_crowd_under_pressure(seed: int, ahead: bool) -> None:
+def test_a_crowd_under_pressure(seed: int, ahead: bool, foresees: bool) -> None:
     """Hundreds of requests through a pool far too small for them."""
     rng = random.Random(seed)
     fake = make_engine(
-        "mixed", num_blocks=24, max_num_seqs=12, max_num_batched_tokens=48, run_ahead=ahead
+        "mixed",
+        num_blocks=24,
+        max_num_seqs=12,
+        max_num_batched_tokens=48,
+        run_ahead=ahead,
+        foresees=foresees,
     )
     ticks = itertools.count()
     fake.engine._stepper._clock = lambda: float(next(ticks))  # a step takes a second

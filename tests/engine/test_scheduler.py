@@ -64,7 +64,7 @@ def test_smaller_priority_first_then_arrival() -> None:
 
 
 def test_the_latest_is_preempted_and_comes_to_the_same_end() -> None:
-    fake = make_engine(num_blocks=10, block_size=4)
+    fake = make_engine(num_blocks=10, block_size=4, foresees=False)
     fake.engine.handle(Submit([request("first", 8, 20), request("second", 8, 20)]))
     assert ended(run(fake)) == ["first", "second"]
     assert fake.engine.stats().preemptions >= 1

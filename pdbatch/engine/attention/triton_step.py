@@ -175,6 +175,7 @@ class TritonStep:
             scaling=scaling,
             window=window,
             softcap=softcap,
+            beside=family is not None,
         )
         if places:
             merge.merge(

@@ -5,6 +5,9 @@ does one item and one KV head; the query heads of its group are the rows of one 
 with part -1 is all of its sequence and finished there; the others leave partial results (output
 and log-sum-exp) in that place, which `merge` joins. The number of programs depends on the number
 of items that there is room for; items with row -1 are nobody's.
+
+With `beside`, the kernel before it is `shared` of the same step, which has waited for what both
+read: programs begin while that one runs and wait for its end before their own.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -62,8 +65,9 @@ def _decode(
     WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
-    after_previous(DEPENDENT)
+    after_previous(DEPENDENT and not BESIDE)
     item = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.load(items + item * 4)
@@ -71,6 +75,7 @@ def _decode(
     end = tl.load(items + item * 4 + 2)
     part = tl.load(items + item * 4 + 3)
     if row < 0:
+        after_previous(DEPENDENT and BESIDE)
         return
     table_at = tl.load(tables_at + row)
     if WINDOWED:
@@ -99,6 +104,7 @@ def _decode(
         scores_RN = scaled(scores_RN, scale, softcap, CAPPED)
         scores_RN = tl.where(seen_N[None, :], scores_RN, float("-inf"))
         best_R, sum_R, out_RD = absorb(scores_RN, v_ND, best_R, sum_R, out_RD, PRECISION)
+    after_previous(DEPENDENT and BESIDE)
     let_next(DEPENDENT)
     out_RD = out_RD / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
     if part < 0:
@@ -126,6 +132,7 @@ def decode(
     scaling: float,
     window: int | None,
     softcap: float | None,
+    beside: bool = False,
     tile: int | None = None,
     num_warps: int | None = None,
     num_stages: int = 3,
@@ -171,6 +178,7 @@ def decode(
         CAPPED=softcap is not None,
         WINDOWED=window is not None,
         PRECISION=precision(q_THD.dtype),
+        BESIDE=beside,
         num_warps=num_warps or (2 if many else 4),
         num_stages=num_stages,
         **dependent(q_THD.device),

@@ -5,6 +5,9 @@ fit into the rows of one product; `(table, keys)` of a tile are where the shared
 and how many keys they hold, all of them full and seen by every member. The keys are cut into
 `splits` pieces, so that a few tiles fill the device. What each member gets is a partial result,
 joined with that of its own keys by `merge`.
+
+It lets the next kernel come at once: that is `decode`, which needs nothing of it and, bound by
+memory where this one computes, runs beside it.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -58,6 +61,7 @@ def _shared(
     DEPENDENT: tl.constexpr,
 ):
     after_previous(DEPENDENT)
+    let_next(DEPENDENT)
     tile = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -97,7 +101,6 @@ def _shared(
         scores_RN = scaled(scores_RN, scale, softcap, CAPPED)
         scores_RN = tl.where(seen_N[None, :], scores_RN, float("-inf"))
         best_R, sum_R, out_RD = absorb(scores_RN, v_ND, best_R, sum_R, out_RD, PRECISION)
-    let_next(DEPENDENT)
     out_RD = out_RD / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
     part_R = ((first_part + place_R * splits + split) * HEADS + head) * GROUP + g_R
     tl.store(part_out + part_R[:, None] * D + d_D[None, :], out_RD, mask=real_RD)
