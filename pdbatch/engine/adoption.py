@@ -65,8 +65,9 @@ class Adoptions:
 
     def start(self) -> int:
         """Begin the reads that have room; how many began."""
-        if not self._waiting or self._scheduler.num_waiting:
+        if not self._waiting or self._scheduler.num_waiting or self._scheduler.is_held:
             return 0
+        may = self._scheduler.foresight([pull.lead for pull in self._pulling.values()])
         started, kept = 0, deque[Pull]()
         while self._waiting:
             pull = self._waiting[0]
@@ -78,12 +79,9 @@ class Adoptions:
             if again or (missing and missing[0] in self._arriving):
                 kept.append(self._waiting.popleft())
                 continue
+            lead = pull.lead
             if not self._blocks.take_after(
-                pull.lead,
-                found,
-                pull.lead.num_prompt_tokens,
-                self._scheduler.reserve,
-                self._may_come,
+                lead, found, lead.num_prompt_tokens, self._scheduler.reserve, may
             ):
                 break
             self._waiting.popleft()
@@ -136,10 +134,6 @@ class Adoptions:
         if self._scheduler.has_room(coming + pull.request.params.n):
             return True
         return not self._pulling and not self._scheduler.running  # n is above max_num_seqs
-
-    def _may_come(self, lead: Sequence, taken: int) -> bool:
-        coming = [pull.lead for pull in self._pulling.values()]
-        return self._scheduler.may_adopt(lead, taken, coming)
 
     def _begin(self, pull: Pull, found: int, missing: list[BlockHash]) -> None:
         pull.arriving = missing if self._blocks.prefix_caching else []

@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pdbatch.engine.block_manager import BlockManager
+from pdbatch.engine.block_manager import BlockManager, MayTake
 from pdbatch.engine.forecast import OutputLengths, Room
 from pdbatch.engine.sequence import Sequence, SequenceState
 from pdbatch.errors import InvariantError
@@ -136,13 +136,25 @@ class Scheduler:
         """Blocks that stay free for running sequences to grow when others start."""
         return min(len(self.running), max(1, self.blocks.pool.num_blocks // 100))
 
-    def may_adopt(self, sequence: Sequence, taken: int, coming: Iterable[Sequence]) -> bool:
-        """Whether a sequence whose prompt is computed elsewhere may come, and take so many free
-        blocks; `coming` are those whose KV is being read."""
-        if self._is_held:
+    @property
+    def is_held(self) -> bool:
+        """Whether nobody may start, since the pool would not have done a moment ago."""
+        return self._held > 0 and len(self.running) >= self._held_at
+
+    def foresight(self, coming: Iterable[Sequence] = ()) -> MayTake:
+        """Asks whether the pool will do for one more, to the end of all; who may start counts from
+        then on. `coming` are those whose KV is being read."""
+        rooms: list[Room] = []
+
+        def may(sequence: Sequence, taken: int) -> bool:
+            if not rooms:
+                rooms.append(Room(self.blocks, self._lengths, [*self.running, *coming]))
+            if rooms[0].takes(sequence, taken, self.reserve):
+                return True
+            self._held, self._held_at = _HELD_STEPS, max(1, len(self.running))
             return False
-        room = Room(self.blocks, self._lengths, [*self.running, *coming])
-        return self._takes(room, sequence, taken)
+
+        return may
 
     def schedule(self, *, may_start: bool = True) -> SchedulerOutput:
         """Choose the next step. With `may_start=False` no waiting sequence begins."""
@@ -224,17 +236,9 @@ class Scheduler:
         if not self._waiting:
             return
         most = self.max_num_seqs + sum(s.waits and s.is_ending for s in self.running)
-        if self._is_held:
+        if self.is_held:
             return
-        rooms: list[Room] = []
-
-        def may(sequence: Sequence, taken: int) -> bool:
-            if self._hands_off:
-                return True
-            if not rooms:
-                rooms.append(Room(self.blocks, self._lengths, self.running))
-            return self._takes(rooms[0], sequence, taken)
-
+        may = None if self._hands_off else self.foresight()
         while self._waiting and len(self.running) < most:
             left = self.max_num_batched_tokens - plan.num_tokens
             sequence = self._heap[0][1]
@@ -249,16 +253,6 @@ class Scheduler:
             self._take(sequence, min(left, sequence.num_uncomputed_tokens), plan)
             plan.prefills.append(sequence)
             plan.started.append(sequence)
-
-    @property
-    def _is_held(self) -> bool:
-        return self._held > 0 and len(self.running) >= self._held_at
-
-    def _takes(self, room: Room, sequence: Sequence, taken: int) -> bool:
-        if room.takes(sequence, taken, self.reserve):
-            return True
-        self._held, self._held_at = _HELD_STEPS, max(1, len(self.running))
-        return False
 
     def _take(self, sequence: Sequence, count: int, plan: SchedulerOutput) -> None:
         sequence.num_scheduled_tokens = count

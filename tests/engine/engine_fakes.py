@@ -314,5 +314,5 @@ def make_engine(
         ranks=ranks,
     )
     if not foresees:
-        engine.scheduler._takes = lambda *_: True  # type: ignore[method-assign]
+        engine.scheduler.foresight = lambda *_: None  # type: ignore[assignment, method-assign]
     return FakeEngine(engine, model, transfers, blocks)
