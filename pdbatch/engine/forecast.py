@@ -9,8 +9,9 @@ the pool, as far as can be told, holds all of them at the moment when they are l
            │ ──╯       ╰──    back at its end; a peak lies right before an end
            └───────────────── steps
 
-How long an output becomes is known where nothing but `max_tokens` ends it. Elsewhere it is expected
-from those that ended before (`OutputLengths`); who turns out longer is preempted as ever.
+How long an output becomes is known where nothing but `max_tokens` ends it. Elsewhere lengths are
+dealt out as those that ended before were spread (`OutputLengths`): with the mean for each, all
+would seem to end at once, at a peak that never comes. Who turns out longer is preempted as ever.
 
 Source: Gong et al., "Past-Future Scheduler for LLM Serving under SLA Guarantees", ASPLOS 2025.
 There lengths are drawn from those of recent requests; here a rate of ending is kept for each age,
@@ -29,9 +30,10 @@ from pdbatch.engine.sequence import Sequence
 
 Numbers = NDArray[np.float64]
 
-_EDGES = np.concatenate([[0.0], 128.0 * 2.0 ** np.arange(16)])
+_EDGES = np.concatenate([[0.0], 128.0 * 2.0 ** (np.arange(32) / 2)])
 """Ages in tokens between which the rate of ending is taken as constant."""
 _WIDTHS = np.diff(_EDGES)
+_GOLDEN = (5**0.5 - 1) / 2
 _MOST_ENDS = 4096
 """When so many have ended, all that was seen counts half: jobs follow each other."""
 
@@ -57,7 +59,7 @@ class OutputLengths:
                 self._tokens /= 2
 
     def survival(self, ages: Numbers) -> Survival:
-        """What is to be expected; `ages` are those of outputs that still run."""
+        """By what was seen; `ages` are those of outputs that still run."""
         lived = np.clip(ages[:, None] - _EDGES[:-1], 0, _WIDTHS).sum(axis=0)
         return Survival(self._ends / (self._tokens + lived))
 
@@ -66,27 +68,15 @@ class Survival:
     """Outputs that end at these rates, one for each span of ages."""
 
     def __init__(self, rates: Numbers) -> None:
-        self._rates = rates
-        ending = rates * _WIDTHS
-        self._alive = np.concatenate([[0.0], -np.cumsum(ending)])
-        """Logarithm of the share that reaches each edge."""
-        area = np.exp(self._alive[:-1]) * -np.expm1(-ending) / rates
-        self._tokens = np.concatenate([[0.0], np.cumsum(area)])
-        """Expected up to each edge."""
+        self._ending = np.concatenate([[0.0], np.cumsum(rates * _WIDTHS)])
+        """Minus the logarithm of the share that reaches each edge."""
 
-    def remaining(self, ages: Numbers, most: Numbers) -> Numbers:
-        """Tokens that are expected of outputs that have so many, at most `most` more of each."""
-        (share, before), (_, after) = self._at(ages), self._at(ages + most)
-        expected = (after - before) / np.exp(np.maximum(share, -600.0))
-        found: Numbers = np.minimum(np.maximum(expected, 1.0), most)
-        return found
-
-    def _at(self, ages: Numbers) -> tuple[Numbers, Numbers]:
-        """(logarithm of the share that gets so far, tokens that are expected up to there)"""
-        at = np.clip(np.searchsorted(_EDGES, ages, side="right") - 1, 0, len(self._rates) - 1)
-        passed = self._rates[at] * (ages - _EDGES[at])
-        inside = np.exp(self._alive[at]) * -np.expm1(-passed) / self._rates[at]
-        return self._alive[at] - passed, self._tokens[at] + inside
+    def left(self, ages: Numbers, most: Numbers, shares: Numbers) -> Numbers:
+        """Tokens that outputs of these ages still get if, of their like, such a share (0 to 1) ends
+        sooner; at least one, at most `most`."""
+        ending = np.interp(ages, _EDGES, self._ending) - np.log1p(-shares)
+        found: Numbers = np.interp(ending, self._ending, _EDGES) - ages
+        return np.minimum(np.maximum(found, 1.0), most)
 
 
 class Room:
@@ -115,37 +105,42 @@ class Room:
         left_S = np.maximum(np.array(most, dtype=np.float64), 0.0)
         open_S = ~np.array(known, dtype=np.bool_)
         self._survival = lengths.survival(ages_S[open_S])
-        left_S[open_S] = self._survival.remaining(ages_S[open_S], left_S[open_S])
+        shares_S = _shares(0, len(own))
+        left_S[open_S] = self._survival.left(ages_S[open_S], left_S[open_S], shares_S[open_S])
         self._own, self._left = own, left_S.tolist()
         self._growth = float(left_S.sum())
-        self._expected: dict[tuple[int, int], float] = {}
 
     def takes(self, sequence: Sequence, fresh: int, reserve: int) -> bool:
         """Whether one more may start that takes `fresh` free blocks now; it is counted then.
 
         All but `reserve` blocks may be used. The first always may.
         """
-        outputs, left = _outputs(sequence), self._left_of(sequence)
+        outputs = _outputs(sequence)
+        new = self._left_of(sequence, outputs)
         own = self._own + [fresh] + [1] * (outputs - 1)
-        lefts = self._left + [left] * outputs
-        growth = self._growth + left * outputs
+        left, growth = self._left + new, self._growth + sum(new)
         free = self._blocks.pool.num_free - fresh - reserve
         size = self._blocks.block_size
-        if self._own and growth > free * size and _peak(own, lefts, size) > free:
+        if self._own and growth > free * size and _peak(own, left, size) > free:
             return False
-        self._own, self._left, self._growth = own, lefts, growth
+        self._own, self._left, self._growth = own, left, growth
         return True
 
-    def _left_of(self, sequence: Sequence) -> float:
-        """Tokens that it is expected to grow by."""
+    def _left_of(self, sequence: Sequence, outputs: int) -> list[float]:
+        """Tokens that each of its outputs will grow by."""
         chosen = _chosen(sequence)
-        most = max(0, sequence.request.max_tokens - chosen)
-        if _is_known(sequence):
-            return float(most)
-        if (chosen, most) not in self._expected:
-            found = self._survival.remaining(np.array([float(chosen)]), np.array([float(most)]))
-            self._expected[chosen, most] = float(found[0])
-        return self._expected[chosen, most]
+        most = np.full(outputs, max(0.0, sequence.request.max_tokens - chosen))
+        if not _is_known(sequence):
+            ages = np.full(outputs, float(chosen))
+            most = self._survival.left(ages, most, _shares(len(self._own), outputs))
+        found: list[float] = most.tolist()
+        return found
+
+
+def _shares(first: int, count: int) -> Numbers:
+    """Even between 0 and 1, whatever the count: the multiples of the golden ratio from here on."""
+    turns: Numbers = np.arange(first + 1, first + count + 1, dtype=np.float64)
+    return turns * _GOLDEN % 1.0
 
 
 def _peak(own: list[int], left: list[float], block_size: int) -> float:

@@ -18,9 +18,16 @@ from pdbatch.sampling import SamplingParams
 MOST = 4096
 
 
-def expected(lengths: OutputLengths, age: int = 0, most: int = MOST, running: object = ()) -> float:
+SHARES = (np.arange(1000) + 0.5) / 1000
+
+
+def left(lengths: OutputLengths, age: int = 0, most: int = MOST, running: object = ()):
     survival = lengths.survival(np.array(running, dtype=np.float64))
-    return float(survival.remaining(np.array([float(age)]), np.array([float(most)]))[0])
+    return survival.left(np.full(1000, float(age)), np.full(1000, float(most)), SHARES)
+
+
+def expected(*args, **kwargs) -> float:
+    return float(left(*args, **kwargs).mean())
 
 
 @pytest.mark.parametrize("mean", [5, 40, 300, 1000])
@@ -32,6 +39,17 @@ def test_outputs_that_end_at_a_steady_rate_have_as_much_before_them_at_any_age(m
     for age in (0, 1, mean // 2, mean):
         assert expected(lengths, age) == pytest.approx(mean, rel=0.25)
     assert expected(lengths, most=mean) == pytest.approx(mean * 0.63, rel=0.15)
+    assert np.median(left(lengths)) == pytest.approx(mean * 0.69, rel=0.25)
+
+
+def test_lengths_of_two_kinds_are_dealt_out_as_two_kinds() -> None:
+    lengths = OutputLengths()
+    for _ in range(1000):
+        lengths.ended(20, by_itself=True)
+        lengths.ended(3000, by_itself=True)
+    dealt = left(lengths)
+    assert 0.4 < (dealt < 128).mean() < 0.6 and 0.35 < (dealt > 2000).mean() < 0.6
+    assert np.quantile(left(lengths, age=200), 0.1) > 1000
 
 
 def test_what_max_tokens_cuts_off_says_nothing_of_where_outputs_end() -> None:
@@ -69,7 +87,8 @@ def test_never_less_than_one_token_nor_more_than_there_may_be(ends, copies, age,
     lengths = OutputLengths()
     for length, by_itself in ends * copies:
         lengths.ended(length, by_itself=by_itself)
-    assert min(1, most) <= expected(lengths, age, most) <= most
+    dealt = left(lengths, age, most)
+    assert min(1, most) <= dealt.min() and dealt.max() <= most
 
 
 @given(
