@@ -1,4 +1,4 @@
-"""Jobs through the scheduler alone, with and without a look ahead at who will fit; no model, no GPU.
+"""Jobs through the scheduler alone, with and without a look ahead at who fits; no model, no GPU.
 
     python benchmarks/foresight.py [--requests 3000] [--blocks 27700] [--max-num-seqs 512]
 
