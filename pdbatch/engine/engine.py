@@ -323,6 +323,7 @@ class Engine:
             preemptions=self._out.preemptions,
             steps=self._out.steps,
             pulled_bytes=self._out.pulled_bytes,
+            held=self.scheduler.is_held,
         )
 
     def fileno(self) -> int:

@@ -168,6 +168,8 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
     preemptions: int
     steps: int
     pulled_bytes: int
+    held: bool = False
+    """Whether nobody starts now, free blocks or not: those that run are foreseen to need them."""
 
 
 class Drained(msgspec.Struct, tag=True):

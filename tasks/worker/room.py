@@ -28,6 +28,7 @@ class Room:
     _inside: set[str] = field(default_factory=set)
     """Keys from their claim until their row or their failure."""
     _free_blocks: int = 0
+    _held: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -36,10 +37,14 @@ class Room:
     def update(self, stats: Stats) -> None:
         """What the engine says of itself."""
         self._free_blocks = stats.free_blocks
+        self._held = stats.held
 
     def left(self) -> tuple[int, int]:
-        """(requests, bytes) that may be claimed now."""
+        """(requests, bytes) that may be claimed now: none while the engine keeps its free blocks
+        for what it has, since others may have room."""
         with self._lock:
+            if self._held and self._inside:
+                return 0, 0
             reserved = int(self.info.num_blocks * RESERVED_SHARE) if self._inside else 0
             blocks = self._free_blocks - sum(self._sizes.values()) - reserved
             count = self.max_seqs - len(self._inside)

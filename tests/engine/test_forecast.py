@@ -164,7 +164,7 @@ def test_nobody_is_held_back_where_the_pool_will_do() -> None:
     ]  # 20 tokens each that have KV: 5 blocks
     fake.engine.handle(Submit(ten))
     fake.engine.step()
-    assert len(fake.engine.scheduler.running) == 10
+    assert len(fake.engine.scheduler.running) == 10 and not fake.engine.stats().held
 
 
 def test_one_that_ends_early_makes_room_for_one_that_comes_later() -> None:
@@ -184,4 +184,6 @@ def test_one_that_ends_early_makes_room_for_one_that_comes_later() -> None:
     assert fake.engine.stats().preemptions == 0
     fake.engine.handle(Submit([request("a", 25), request("bb", 29)]))
     fake.engine.step()
-    assert len(fake.engine.scheduler.running) == 1
+    assert len(fake.engine.scheduler.running) == 1 and fake.engine.stats().held
+    run(fake, [])
+    assert not fake.engine.stats().held

@@ -20,9 +20,9 @@ INFO = EngineInfo(
 )
 
 
-def _stats(free: int) -> Stats:
+def _stats(free: int, *, held: bool = False) -> Stats:
     fields = dict.fromkeys(Stats.__struct_fields__, 0)
-    return Stats(**fields | {"free_blocks": free, "total_blocks": 100})
+    return Stats(**fields | {"free_blocks": free, "total_blocks": 100, "held": held})
 
 
 def test_an_empty_worker_has_all_its_room() -> None:
@@ -54,3 +54,15 @@ def test_there_is_never_less_than_nothing() -> None:
     room.update(_stats(free=3))
     room.claimed("a/1", "a", 500)
     assert room.left() == (1, 0)
+
+
+def test_an_engine_that_keeps_its_free_blocks_leaves_claims_to_others() -> None:
+    room = Room(INFO, 8)
+    room.claimed("a/1", "a", 100)
+    room.update(_stats(free=80, held=True))
+    assert room.left() == (0, 0)
+    room.gone("a", "a/1")  # nothing is here: whatever the engine said is over
+    assert room.left() == (8, 800)
+    room.claimed("b/1", "b", 100)
+    room.update(_stats(free=80))
+    assert room.left() == (7, 600)
