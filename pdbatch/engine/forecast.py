@@ -92,8 +92,7 @@ class Room:
         most: list[int] = []
         known: list[bool] = []
         for sequence in running:
-            shared = sequence.request.num_cached_tokens // blocks.block_size
-            held = max(0, len(sequence.block_table) - shared)
+            held = max(0, len(sequence.block_table) - _shared(sequence) // blocks.block_size)
             chosen = _chosen(sequence)
             for _ in range(_outputs(sequence)):
                 own.append(held)
@@ -157,6 +156,12 @@ def _peak(own: list[int], left: list[float], block_size: int) -> float:
 def _chosen(sequence: Sequence) -> int:
     """Its output tokens, pending ones too."""
     return sequence.num_tokens - sequence.num_prompt_tokens
+
+
+def _shared(sequence: Sequence) -> int:
+    """Tokens that others have too: what was found, and of forks the whole prompt."""
+    request = sequence.request
+    return request.num_cached_tokens if sequence.index == 0 else request.num_prompt_tokens
 
 
 def _outputs(sequence: Sequence) -> int:
