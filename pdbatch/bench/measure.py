@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,12 +106,15 @@ def run(
     engine = _engine(plan, subject, workloads)
     rates = measure_rates(subject.device, subject.dtype)
     llm = start(subject, plan, engine)
+    gc.collect()
+    gc.freeze()  # as an engine's own process does, so that rounds differ by no search for garbage
     try:
         report = _report(plan, subject, llm, rates, scale, time.perf_counter() - start_s)
         on_ready(report)
         _measure(plan, subject, llm, workloads, report, on_round)
         return report
     finally:
+        gc.unfreeze()
         llm.close()
 
 
