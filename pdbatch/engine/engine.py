@@ -111,7 +111,7 @@ class Engine:
             blocks,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            hands_off=role == "prefill",
+            foresees=role != "prefill",
         )
         limits = Limits(
             max_model_len=info.max_model_len,

@@ -41,7 +41,7 @@ _MOST_ENDS = 4096
 class OutputLengths:
     """How long outputs become, from the ages at which others ended.
 
-    Before anything was seen, half of the outputs are taken to end before each edge that they reach.
+    Before anything was seen, of those that reach an edge half are taken to end before the next.
     """
 
     def __init__(self) -> None:

@@ -66,9 +66,10 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        hands_off: bool = False,
+        foresees: bool = True,
     ) -> None:
-        """`hands_off`: sequences leave at their first token, so nothing grows."""
+        """Without `foresees` whoever finds blocks starts: where sequences leave at their first
+        token nothing grows."""
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -78,7 +79,7 @@ class Scheduler:
         self._waiting: set[Sequence] = set()
         """Those of the heap that still wait: who left it stays there as a shell."""
         self._unprepared: deque[Sequence] = deque()
-        self._hands_off = hands_off
+        self.foresees = foresees
         self._lengths = OutputLengths()
         self._held = 0
         """Steps for which nobody starts, since the pool would not do."""
@@ -141,9 +142,11 @@ class Scheduler:
         """Whether nobody may start, since the pool would not have done a moment ago."""
         return self._held > 0 and len(self.running) >= self._held_at
 
-    def foresight(self, coming: Iterable[Sequence] = ()) -> MayTake:
+    def foresight(self, coming: Iterable[Sequence] = ()) -> MayTake | None:
         """Asks whether the pool will do for one more, to the end of all; who may start counts from
-        then on. `coming` are those whose KV is being read."""
+        then on. `coming` are those whose KV is being read. None: nobody needs to ask."""
+        if not self.foresees:
+            return None
         rooms: list[Room] = []
 
         def may(sequence: Sequence, taken: int) -> bool:
@@ -233,12 +236,10 @@ class Scheduler:
 
     def _start_waiting(self, plan: SchedulerOutput) -> None:
         """Who is in its last step leaves its place already: the device need not wait for that."""
-        if not self._waiting:
+        if not self._waiting or self.is_held:
             return
         most = self.max_num_seqs + sum(s.waits and s.is_ending for s in self.running)
-        if self.is_held:
-            return
-        may = None if self._hands_off else self.foresight()
+        may = self.foresight()
         while self._waiting and len(self.running) < most:
             left = self.max_num_batched_tokens - plan.num_tokens
             sequence = self._heap[0][1]

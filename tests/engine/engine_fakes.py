@@ -313,6 +313,5 @@ def make_engine(
         mark=model.mark,
         ranks=ranks,
     )
-    if not foresees:
-        engine.scheduler.foresight = lambda *_: None  # type: ignore[assignment, method-assign]
+    engine.scheduler.foresees &= foresees
     return FakeEngine(engine, model, transfers, blocks)

@@ -167,6 +167,23 @@ def test_nobody_is_held_back_where_the_pool_will_do() -> None:
     assert len(fake.engine.scheduler.running) == 10 and not fake.engine.stats().held
 
 
+def test_prompts_that_leave_at_their_first_token_are_not_held_back() -> None:
+    fake = make_engine("prefill", num_blocks=60, max_num_seqs=24, pinned_share=1.0)
+    sampling = SamplingParams(max_tokens=90, ignore_eos=True)
+    fake.engine.handle(
+        Submit(
+            [
+                EngineRequest(
+                    key=f"k{i}", spec=RequestSpec(prompt_token_ids=(i, 2, 3), sampling=sampling)
+                )
+                for i in range(8)
+            ]
+        )
+    )
+    fake.engine.step()
+    assert len(fake.engine.scheduler.running) == 0 == fake.engine.stats().waiting
+
+
 def test_one_that_ends_early_makes_room_for_one_that_comes_later() -> None:
     """10 blocks: a and b together need 11 at their ends, but a ends first."""
 

@@ -237,7 +237,7 @@ def test_prompts_go_without_checksums_where_there_is_no_memory_for_them(model, m
 
 def test_preemption_on_the_decode_side_changes_nothing(model) -> None:
     decode = engine("decode", model, num_blocks=26, max_num_seqs=6)
-    decode.scheduler.foresight = lambda *_: None  # else it foresees that the pool will not do
+    decode.scheduler.foresees = False  # else it foresees that the pool will not do
     pair = Pair(engine("prefill", model), decode)
     requests = [
         EngineRequest(
